@@ -1,0 +1,18 @@
+"""What a layer is told from outside for the forward pass at hand."""
+
+import torch
+from torch import Tensor
+
+
+class RoutingContext:
+    """One record a model, shared by its layers; they only read it, also when a block is recomputed.
+
+    `token_mask`: (T,) bool over the flattened batch, True for a real token; None when all are real.
+    `loss_scale`: what the auxiliary losses are multiplied with before they join the gradient, 0-dim
+    float32. A training loop sets it to the micro-batch's share of the step's tokens; it stays 1 under
+    a trainer that knows nothing of it, whose number of micro-batches then scales these losses.
+    """
+
+    def __init__(self) -> None:
+        self.token_mask: Tensor | None = None
+        self.loss_scale: Tensor = torch.ones(())

@@ -1,0 +1,60 @@
+"""Expert product through torch's grouped matrix product.
+
+Letters: N assignments sorted by expert, I and O widths of input and output, E experts.
+
+`torch.nn.functional.grouped_mm` is called inside custom operators with shape functions of their own:
+its own, in torch 2.13, takes nothing but bfloat16, so that float32 fails under `torch.compile` and
+on the meta device. Its backward on CPU refuses gradients of stride zero; ours makes them dense.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@torch.library.custom_op("moewright::grouped_rows", mutates_args=())
+def _grouped_rows(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """`y[n] = x[n] @ weight[e]` for the rows n of expert e."""
+    return F.grouped_mm(x_NI, weight_EIO, offs=ends_E)
+
+
+@_grouped_rows.register_fake
+def _(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    return x_NI.new_empty(x_NI.shape[0], weight_EIO.shape[2])
+
+
+@torch.library.custom_op("moewright::grouped_outer", mutates_args=())
+def _grouped_outer(a_NO: Tensor, b_NI: Tensor, ends_E: Tensor) -> Tensor:
+    """`w[e] = a[rows of e].T @ b[rows of e]`, zero where expert e has no row."""
+    return F.grouped_mm(a_NO.t(), b_NI, offs=ends_E)
+
+
+@_grouped_outer.register_fake
+def _(a_NO: Tensor, b_NI: Tensor, ends_E: Tensor) -> Tensor:
+    return a_NO.new_empty(ends_E.shape[0], a_NO.shape[1], b_NI.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _rows_backward(ctx: Any, gradient_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    x_NI, weight_EIO, ends_E = ctx.saved_tensors
+    gradient_NO = gradient_NO.contiguous()
+    needs_x, needs_weight, _ = ctx.needs_input_grad
+    x_gradient = _grouped_rows(gradient_NO, weight_EIO.transpose(1, 2), ends_E) if needs_x else None
+    # Written as (E, O, I), the layout of the parameter behind the transposed view, so that the
+    # gradient needs no copy on its way there.
+    weight_gradient = _grouped_outer(gradient_NO, x_NI, ends_E).transpose(1, 2) if needs_weight else None
+    return x_gradient, weight_gradient, None
+
+
+_grouped_rows.register_autograd(_rows_backward, setup_context=_save)
+
+
+def grouped_product(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """All experts in one call; float32, bfloat16 and float16 (float64 is for the `loop` kernel)."""
+    product: Tensor = _grouped_rows(x_NI, weight_EOI.transpose(1, 2), ends_E)
+    return product

@@ -1,0 +1,272 @@
+"""The layer against its definition in float64, and the properties that every option keeps."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from moewright.errors import UsageError
+from moewright.moe.balance import attach_loss, count_tokens, switch_loss, z_loss
+from moewright.moe.config import ROUTER_ORDERS, MoEConfig
+from moewright.moe.dispatch import combine, dispatch, sort_by_expert
+from moewright.moe.experts import ACTIVATIONS
+from moewright.moe.kernels import KERNELS
+from moewright.moe.layer import MoELayer
+from tests import reference
+
+D, F, E, K, T = 16, 8, 6, 3, 20
+
+
+def layer_of(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> MoELayer:
+    torch.manual_seed(seed)
+    settings = {"hidden_size": D, "expert_size": F, "num_experts": E, "top_k": K} | changes
+    layer = MoELayer(MoEConfig(**settings), dtype=dtype)
+    with torch.no_grad():
+        layer.router.weight.normal_()
+    return layer
+
+
+def tokens(count: int = T, seed: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def doubles(layer: MoELayer) -> list[torch.Tensor]:
+    """Router, first and second weights in float64, as leaves."""
+    return [p.detach().double().requires_grad_() for p in layer.parameters()]
+
+
+def expected(layer: MoELayer, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    config = layer.config
+    return reference.moe(
+        x,
+        *weights,
+        top_k=config.top_k,
+        order=config.router_order,
+        activation=config.activation,
+        gated=config.gated,
+    )
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("order", ROUTER_ORDERS)
+@pytest.mark.parametrize(("gated", "activation"), [(True, "silu"), (True, "gelu_pytorch_tanh"), (False, "relu2")])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_layer_and_gradients_equal_the_definition(kernel, order, gated, activation, dtype, tolerance):
+    layer = layer_of(kernel=kernel, router_order=order, gated=gated, activation=activation, dtype=dtype)
+    x = tokens(dtype=dtype)
+    upstream = torch.randn(T, D, generator=torch.Generator().manual_seed(2))
+
+    output = layer(x)
+    output.backward(upstream.to(dtype))
+
+    weights, x64 = doubles(layer), x.detach().double().requires_grad_()
+    wanted = expected(layer, x64, weights)
+    wanted.backward(upstream.to(dtype).double())
+
+    assert relative(output, wanted) < tolerance
+    assert relative(x.grad, x64.grad) < tolerance
+    for parameter, reference_weight in zip(layer.parameters(), weights, strict=True):
+        assert relative(parameter.grad, reference_weight.grad) < tolerance
+
+
+@pytest.mark.parametrize("order", ROUTER_ORDERS)
+def test_gradcheck_in_float64(order):
+    layer = layer_of(kernel="loop", router_order=order, balance_loss=0.3, z_loss=0.2, dtype=torch.float64)
+    x = tokens(5, dtype=torch.float64).detach().requires_grad_()
+    # The attached losses are no part of the output that gradcheck differentiates.
+    layer.eval()
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("order", ROUTER_ORDERS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_attached_losses_equal_the_definition(order, padded):
+    layer = layer_of(router_order=order, balance_loss=0.7, z_loss=0.3)
+    x = tokens()
+    mask = torch.arange(T) % 3 != 0 if padded else torch.ones(T, dtype=torch.bool)
+    layer.context.token_mask = mask if padded else None
+    layer.context.loss_scale = torch.tensor(0.25)
+
+    (layer(x) * 0.0).sum().backward()
+
+    router, x64 = layer.router.weight.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    balance = reference.balance(x64[mask], router, K, order)
+    z = reference.z(x64[mask], router)
+    (0.25 * (0.7 * balance + 0.3 * z)).backward()
+    assert layer.stats.balance_loss.item() == pytest.approx(balance.item(), rel=1e-5)
+    assert layer.stats.z_loss.item() == pytest.approx(z.item(), rel=1e-5)
+    assert relative(layer.router.weight.grad, router.grad) < 1e-5
+    assert relative(x.grad, x64.grad) < 1e-5
+    assert layer.stats.tokens_per_expert.sum().item() == mask.sum().item() * K
+
+
+def test_switch_loss_by_hand():
+    # Two tokens, both to expert 0 of 2 with probability 3/4: f = (1, 0), P = (3/4, 1/4), loss = 2 * 3/4.
+    probabilities = torch.tensor([[0.75, 0.25], [0.75, 0.25]])
+    counts = count_tokens(torch.tensor([[0], [0]]), num_experts=2, mask_T=None)
+    assert switch_loss(probabilities, counts).item() == pytest.approx(1.5)
+    even = torch.full((4, 2), 0.5)
+    counts = count_tokens(torch.tensor([[0, 1]] * 4), num_experts=2, mask_T=None)
+    assert switch_loss(even, counts).item() == pytest.approx(1.0)
+
+
+def test_z_loss_by_hand():
+    assert z_loss(torch.zeros(3, 4)).item() == pytest.approx(torch.tensor(4.0).log().item() ** 2)
+
+
+def test_attach_loss_leaves_the_output_and_adds_the_gradient():
+    output = torch.ones(3, requires_grad=True)
+    parameter = torch.tensor(2.0, requires_grad=True)
+    attached = attach_loss(output * 1.0, parameter**2)
+    assert torch.equal(attached, output)
+    attached.sum().backward()
+    assert parameter.grad.item() == 4.0
+    assert torch.equal(output.grad, torch.ones(3))
+
+
+def test_no_loss_is_attached_in_evaluation():
+    layer = layer_of(balance_loss=1.0, z_loss=1.0).eval()
+    (layer(tokens()) * 0.0).sum().backward()
+    assert layer.router.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_token_and_one_token(kernel, count):
+    layer = layer_of(kernel=kernel, balance_loss=0.1, z_loss=0.1)
+    x = tokens(count)
+    output = layer(x)
+    output.backward(torch.ones_like(output))
+    assert output.shape == (count, D)
+    for value in (output, x.grad, *(p.grad for p in layer.parameters()), layer.stats.entropy):
+        assert torch.isfinite(value).all()
+    assert layer.stats.tokens_per_expert.sum() == count * K
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_all_tokens_to_one_expert_leave_the_others_without_gradient(kernel):
+    layer = layer_of(kernel=kernel, top_k=1, router_order="softmax-topk")
+    with torch.no_grad():
+        layer.router.weight.zero_()[2] = 1.0
+    layer(tokens().abs()).sum().backward()
+    assert layer.stats.tokens_per_expert.tolist() == [0, 0, T, 0, 0, 0]
+    dead = [e for e in range(E) if e != 2]
+    assert layer.experts.down_proj.grad[dead].abs().max() == 0
+    assert layer.experts.down_proj.grad[2].abs().max() > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_dispatch_keeps_every_assignment_once(data):
+    experts = data.draw(st.integers(1, 9), label="experts")
+    top_k = data.draw(st.integers(1, experts), label="top_k")
+    chosen = data.draw(st.lists(st.permutations(range(experts)), max_size=12), label="chosen")
+    experts_TK = torch.tensor([row[:top_k] for row in chosen], dtype=torch.int64).view(-1, top_k)
+    count = experts_TK.shape[0]
+    permutation = sort_by_expert(experts_TK, num_experts=experts)
+
+    assert sorted(permutation.order_N.tolist()) == list(range(count * top_k))
+    flat = experts_TK.flatten()[permutation.order_N].tolist()
+    assert flat == sorted(flat)
+    assert permutation.ends_E.tolist() == [sum(e <= limit for e in flat) for limit in range(experts)]
+    assert torch.equal(permutation.order_N[permutation.position_TK.flatten()], torch.arange(count * top_k))
+
+    x = torch.arange(count, dtype=torch.float64)[:, None].repeat(1, 2)
+    copies = dispatch(x, permutation)
+    assert copies[:, 0].tolist() == (permutation.order_N // top_k).tolist()
+    weights = torch.full((count, top_k), 1.0 / top_k, dtype=torch.float64)
+    torch.testing.assert_close(combine(copies, weights, permutation), x)
+    mask = torch.arange(count) % 2 == 0
+    counts = count_tokens(experts_TK, num_experts=experts, mask_T=mask)
+    assert counts.tolist() == torch.bincount(experts_TK[mask].flatten(), minlength=experts).tolist()
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_those_of_transformers(name):
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-4, 4, 101)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), atol=2e-6, rtol=1e-5)
+
+
+def test_statistics_count_a_token_once_under_recomputation():
+    layer = layer_of(balance_loss=0.1)
+    x = tokens()
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert layer.stats.tokens_per_expert.sum() == T * K
+    recomputed = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    layer(tokens()).sum().backward()
+    for parameter, gradient in zip(layer.parameters(), recomputed, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_equal_runs_give_equal_bits(kernel):
+    gradients = []
+    for _ in range(2):
+        layer = layer_of(kernel=kernel)
+        layer(tokens(500)).square().sum().backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+# torch 2.13's own tracer instantiates autograd functions, and its own check warns of it.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_kernel_compiles_whole(dtype):
+    layer = layer_of(dtype=dtype, balance_loss=0.1)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, y = tokens(dtype=dtype), tokens(dtype=dtype)
+    compiled(x).sum().backward()
+    gradients = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    layer(y).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    for parameter, gradient in zip(layer.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_layer_runs_on_the_meta_device():
+    layer = MoELayer(MoEConfig(hidden_size=D, expert_size=F, num_experts=E, top_k=K), device="meta")
+    assert layer(torch.empty(2, 5, D, device="meta")).shape == (2, 5, D)
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_autocast_gives_float32_gradients_and_bfloat16_products(kernel):
+    layer = layer_of(kernel=kernel)
+    x = tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    output.sum().backward()
+    exact = layer(tokens())
+    assert layer.router.weight.grad.dtype == layer.experts.down_proj.grad.dtype == torch.float32
+    assert 1e-5 < relative(output, exact.double()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"top_k": 7}, "top_k=7 > num_experts=6"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"expert_size": 0}, "expert_size=0"),
+        ({"router_order": "softmax"}, "topk-softmax"),
+        ({"balance_loss": -1.0}, "balance_loss=-1.0"),
+        ({"z_loss": float("nan")}, "z_loss=nan"),
+    ],
+)
+def test_senseless_configs_are_refused(changes, words):
+    with pytest.raises(UsageError, match=words):
+        layer_of(**changes)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UsageError, match="choose one of grouped, loop"):
+        layer_of(kernel="magic")(tokens())
+    with pytest.raises(UsageError, match="relu2"):
+        layer_of(activation="magic")
