@@ -50,7 +50,7 @@ class MoEConfig:
                 raise UsageError(f"{name}={value}: it must be at least 1")
         if self.top_k > self.num_experts:
             raise UsageError(
-                f"top_k={self.top_k} > num_experts={self.num_experts}: a token cannot choose more experts than there are"
+                f"top_k={self.top_k} > num_experts={self.num_experts}: a token cannot choose more than there are"
             )
         if self.router_order not in ROUTER_ORDERS:
             raise UsageError(f"router_order={self.router_order!r}: choose one of {', '.join(ROUTER_ORDERS)}")

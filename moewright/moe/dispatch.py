@@ -49,7 +49,7 @@ class _Dispatch(torch.autograd.Function):
 
 def dispatch(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """Copy each token once for each of its experts: (T, D) -> (N, D), sorted by expert."""
-    copies_ND: Tensor = _Dispatch.apply(x_TD, permutation.token_N, permutation.position_TK)
+    copies_ND: Tensor = _Dispatch.apply(x_TD, permutation.token_N, permutation.position_TK)  # type: ignore[no-untyped-call]  # untyped in torch
     return copies_ND
 
 

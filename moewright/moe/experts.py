@@ -85,7 +85,8 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, ends_E: Tensor, *, kernel: str) -> Tensor:
         """(N, D) -> (N, D); rows `ends_E[e-1]:ends_E[e]` belong to expert e."""
         product = kernel_named(kernel)
-        first, down = self.get_parameter(self.first_name), self.down_proj
+        first: Tensor = self.get_parameter(self.first_name)
+        down: Tensor = self.down_proj
         if (dtype := autocast_dtype(x_ND.device)) is not None:
             # Autocast knows nothing of custom operators: do for ours what it does for torch's own.
             x_ND, first, down = x_ND.to(dtype), first.to(dtype), down.to(dtype)

@@ -1,0 +1,1 @@
+"""Dense to sparse: plan, methods, scaling, verification."""

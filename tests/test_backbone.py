@@ -1,0 +1,265 @@
+"""Grafting, twins and folders: every family against transformers itself."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from moewright.backbone.family import backbone_config
+from moewright.backbone.folder import load_model, save_model
+from moewright.backbone.graft import graft, moe_layers, routing_context, set_losses, ungraft
+from moewright.backbone.twins import choose_twin, split_config, twin_fields
+from moewright.checkpoint.read import ModelFolder
+from moewright.errors import ModelError
+from moewright.moe.config import MoEConfig
+from tests.models import FAMILIES, tiny_config, tiny_model, write_dense
+
+INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def moe_config(**changes: object) -> MoEConfig:
+    return MoEConfig(**({"hidden_size": 32, "expert_size": 16, "num_experts": 4, "top_k": 2} | changes))
+
+
+def sparse_model(model_type: str, layers: tuple[int, ...] = (0, 1), **changes: object) -> PreTrainedModel:
+    order = changes.pop("router_order", "topk-softmax")
+    model = tiny_model(model_type, **changes)
+    graft(model, dict.fromkeys(layers, moe_config(router_order=order)))
+    with torch.no_grad():
+        for layer in moe_layers(model).values():
+            layer.router.weight.normal_()
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor = INPUT, **kwargs: object) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False, **kwargs).logits
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_dense_folder_gives_the_model_of_transformers(tmp_path, model_type, tied):
+    folder = write_dense(tmp_path / "dense", model_type, tie_word_embeddings=tied)
+    ours, theirs = load_model(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    again = save_model(ours, tmp_path / "again", companions=folder)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(theirs))
+
+
+CASES = [
+    ("llama", "topk-softmax", (0, 1), "mixtral"),
+    ("llama", "topk-softmax", (1,), "qwen2_moe"),
+    ("llama", "softmax-topk", (0, 1), "qwen2_moe"),
+    ("mistral", "topk-softmax", (0, 1), "mixtral"),
+    ("mistral", "softmax-topk", (0,), "qwen2_moe"),
+    ("qwen2", "topk-softmax", (0, 1), "qwen2_moe"),
+    ("qwen2", "softmax-topk", (0, 1), "qwen2_moe"),
+    ("qwen3", "topk-softmax", (1,), "qwen3_moe"),
+    ("qwen3", "softmax-topk", (0, 1), "qwen3_moe"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "order", "layers", "twin"), CASES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_twin_computes_what_the_grafted_model_computes(tmp_path, model_type, order, layers, twin, tied):
+    dense = write_dense(tmp_path / "dense", model_type)
+    model = sparse_model(model_type, layers, router_order=order, tie_word_embeddings=tied)
+    folder = save_model(model, tmp_path / "sparse", companions=dense)
+
+    theirs, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert theirs.config.model_type == twin
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert relative(logits(theirs), logits(model)) < 1e-5
+
+    ours = load_model(folder)
+    assert ours.config.model_type == model_type
+    assert sorted(moe_layers(ours)) == sorted(layers)
+    assert torch.equal(logits(ours), logits(model))
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+
+    again = save_model(ours, tmp_path / "again", companions=folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+
+
+def test_folder_loads_in_a_process_that_never_saw_moewright(tmp_path):
+    model = sparse_model("llama", tie_word_embeddings=True)
+    folder = save_model(model, tmp_path / "sparse", companions=write_dense(tmp_path / "dense"))
+    script = (
+        "import json, sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(folder)!r}); AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        f"ids = torch.tensor({INPUT.tolist()})\n"
+        "with torch.no_grad(): print(json.dumps(m(ids).logits.double().tolist()))\n"
+        "assert not any(name.startswith('moewright') for name in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert relative(torch.tensor(json.loads(run.stdout)), logits(model).double()) < 1e-5
+
+
+@pytest.mark.parametrize("twin", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_config_survives_both_ways(twin):
+    model_type, order, layers, _ = next(case for case in CASES if case[3] == twin)
+    config = tiny_config(model_type)
+    configs = dict.fromkeys(layers, moe_config(router_order=order, balance_loss=0.01))
+    found, backbone, read = split_config(
+        twin_fields(choose_twin(config, configs), config, configs, dtype=torch.float32), backbone=model_type, tied=False
+    )
+    assert (found.model_type, read) == (twin, configs)
+    changed = {k for k, v in config.to_dict().items() if backbone.to_dict()[k] != v}
+    assert changed <= {"architectures", "dtype", "intermediate_size", "sliding_window"}
+
+
+def test_old_rope_fields_are_read(tmp_path):
+    folder = write_dense(tmp_path / "dense", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
+    wanted = logits(load_model(folder))
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    del fields["rope_parameters"]
+    path.write_text(json.dumps(fields | {"rope_theta": 5000.0}))
+    assert torch.equal(logits(load_model(folder)), wanted)
+
+
+def test_written_config_says_old_and_new_fields_alike():
+    config = tiny_config("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64})  # fmt: skip
+    layers = {0: moe_config(), 1: moe_config()}
+    fields = twin_fields(choose_twin(config, layers), config, layers, dtype=torch.float32)
+    assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == 1e4
+    assert fields["rope_scaling"]["factor"] == 8.0
+    assert fields["torch_dtype"] == fields["dtype"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "layers", "order", "words"),
+    [
+        ("mistral", {"sliding_window": 16}, (0, 1), "softmax-topk", "always renormalises.*sliding window"),
+        ("llama", {"head_dim": 16}, (0,), "topk-softmax", "cannot mix.*head width"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, (0, 1), "topk-softmax",
+         "full and sliding"),
+    ],
+)  # fmt: skip
+def test_what_no_twin_computes_is_refused(model_type, changes, layers, order, words):
+    config = tiny_config(model_type, **changes)
+    with pytest.raises(ModelError, match=words):
+        choose_twin(config, dict.fromkeys(layers, moe_config(router_order=order)))
+
+
+def test_layers_that_differ_are_refused():
+    with pytest.raises(ModelError, match="differ from one another"):
+        choose_twin(tiny_config("llama"), {0: moe_config(), 1: moe_config(num_experts=8)})
+
+
+def test_mistral_window_is_kept(tmp_path):
+    dense = write_dense(tmp_path / "dense", "mistral", sliding_window=6)
+    model = sparse_model("mistral", sliding_window=6)
+    folder = save_model(model, tmp_path / "sparse", companions=dense)
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model)) < 1e-5
+    model.config.sliding_window = None
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"model_type": "gpt2"}, "llama, mistral, qwen2, qwen3"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=true"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias=true"),
+        ({}, "model_type=None"),
+    ],
+)
+def test_unsupported_models_are_named(fields, words):
+    with pytest.raises(ModelError, match=words):
+        backbone_config(fields)
+
+
+def test_embeddings_changed_by_others_are_loaded_untied(tmp_path):
+    model = sparse_model("llama", tie_word_embeddings=True)
+    folder = save_model(model, tmp_path / "sparse", companions=write_dense(tmp_path / "dense"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        theirs.lm_head.weight.mul_(2.0)
+    theirs.save_pretrained(folder)
+    with pytest.warns(UserWarning, match="loaded untied"):
+        ours = load_model(folder)
+    assert relative(logits(ours), logits(theirs)) < 1e-5
+
+
+def test_biases_changed_by_others_are_not_dropped(tmp_path):
+    model = sparse_model("llama", router_order="softmax-topk")
+    folder = save_model(model, tmp_path / "sparse", companions=write_dense(tmp_path / "dense"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        theirs.model.layers[1].self_attn.q_proj.bias.fill_(0.5)
+    theirs.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"q_proj\.bias is not 0 everywhere"):
+        load_model(folder)
+    (folder / "moewright.json").unlink()
+    assert relative(logits(load_model(folder)), logits(theirs)) < 1e-5
+
+
+def test_graft_and_ungraft_give_the_dense_model_back():
+    model = tiny_model("qwen3")
+    wanted = logits(model)
+    taken = graft(model, {1: moe_config()})
+    assert not torch.equal(logits(model), wanted)
+    assert list(ungraft(model, taken)) == [1]
+    assert torch.equal(logits(model), wanted)
+    assert routing_context(model) is None
+
+
+def test_token_mask_reaches_the_layers_and_no_other_model():
+    model = sparse_model("llama")
+    twin = copy.deepcopy(model)
+    mask = torch.ones_like(INPUT, dtype=torch.bool)
+    mask[0, 5:] = False
+    logits(model, token_mask=mask)
+    assert routing_context(model).token_mask.tolist() == mask.flatten().tolist()
+    assert routing_context(twin).token_mask is None
+    assert moe_layers(model)[0].stats.tokens_per_expert.sum() == mask.sum() * 2
+    logits(twin, attention_mask=mask.long())
+    assert routing_context(twin).token_mask.tolist() == mask.flatten().tolist()
+    logits(model)
+    assert moe_layers(model)[0].stats.tokens_per_expert.sum() == INPUT.numel() * 2
+
+
+def test_generation_with_a_cache_and_padding_equals_the_twin(tmp_path):
+    model = sparse_model("llama")
+    folder = save_model(model, tmp_path / "sparse", companions=write_dense(tmp_path / "dense"))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    mask = torch.ones_like(INPUT)
+    mask[0, :7] = 0
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    assert torch.equal(model.generate(INPUT, **settings), theirs.generate(INPUT, **settings))
+
+
+def test_set_losses_reaches_every_layer():
+    model = sparse_model("llama")
+    set_losses(model, balance_loss=0.5, z_loss=0.25, kernel="loop")
+    assert {(m.config.balance_loss, m.config.z_loss, m.config.kernel) for m in moe_layers(model).values()} == {
+        (0.5, 0.25, "loop")
+    }
+
+
+def test_names_and_shapes_are_checked_before_anything_is_allocated(tmp_path):
+    folder = write_dense(tmp_path / "dense")
+    path = Path(folder) / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 64', '"intermediate_size": 96'))
+    with pytest.raises(ModelError, match="96"):
+        load_model(folder)
+
+
+def test_unequal_shared_experts_are_refused(tmp_path):
+    model = sparse_model("qwen2")
+    folder = save_model(model, tmp_path / "sparse", companions=write_dense(tmp_path / "dense", "qwen2"))
+    fields = ModelFolder(folder).config | {"shared_expert_intermediate_size": 5632}
+    with pytest.raises(ModelError, match="shared experts are not supported yet"):
+        split_config(fields, backbone=None, tied=False)
