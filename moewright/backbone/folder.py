@@ -33,7 +33,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrai
     """
     folder = ModelFolder(path)
     model, twin = empty_model_of(folder, dtype=dtype)
-    fill(model, twin, folder.read)
+    fill(model, twin, lambda slot: folder.read(slot.name))
     return model
 
 
@@ -57,8 +57,8 @@ def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> 
     return model, twin
 
 
-def fill(model: PreTrainedModel, twin: Twin | None, read: Callable[[str], Tensor]) -> None:
-    """Give a model on meta its memory, and each slot the tensor of its name on disk.
+def fill(model: PreTrainedModel, twin: Twin | None, make: Callable[[Slot], Tensor]) -> None:
+    """Give a model on meta its memory, and each slot of its layout the tensor that `make` returns for it.
 
     Raises `ModelError` if a tensor that must be constant is not: dropping it would change the model.
     """
@@ -66,9 +66,9 @@ def fill(model: PreTrainedModel, twin: Twin | None, read: Callable[[str], Tensor
     with torch.no_grad():
         for slot in slots(model, twin):
             if slot.part == "constant":
-                _require_constant(slot, read)
+                _require_constant(slot, make)
             elif slot.part != "tied":
-                slot.view(model).copy_(read(slot.name))
+                slot.view(model).copy_(make(slot))
 
 
 def save_model(
@@ -130,8 +130,8 @@ def _lazy(model: PreTrainedModel, slot: Slot) -> LazyTensor:
     return LazyTensor(slot.shape, dtype, make)
 
 
-def _require_constant(slot: Slot, read: Callable[[str], Tensor]) -> None:
-    if slot.must_match and not bool((read(slot.name) == slot.fill).all()):
+def _require_constant(slot: Slot, make: Callable[[Slot], Tensor]) -> None:
+    if slot.must_match and not bool((make(slot) == slot.fill).all()):
         raise ModelError(
             f"{slot.name} is not {slot.fill:g} everywhere, as moewright.json implies: others changed it; "
             f"delete moewright.json to load it as what config.json says"

@@ -64,7 +64,7 @@ class UpcycleConfig:
         order, scale = self.resolved_order(), self.resolved_scale()
         if scale == "exact" and order == "softmax-topk":
             raise UsageError(
-                "scale=exact with router_order=softmax-topk: a token's weights sum to no constant, so no scale is exact; "
+                "scale=exact with router_order=softmax-topk: a token's weights have no constant sum, none is exact; "
                 "use scale=calibrated or router_order=topk-softmax"
             )
         if scale == "calibrated" and order == "topk-softmax":

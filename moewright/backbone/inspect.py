@@ -1,0 +1,54 @@
+"""What a model folder holds, said without loading it."""
+
+from pathlib import Path
+from typing import Any
+
+from moewright.backbone.folder import empty_model_of
+from moewright.backbone.graft import moe_layers
+from moewright.backbone.layout import EMBEDDING
+from moewright.backbone.sizes import parameter_counts
+from moewright.checkpoint.read import ModelFolder
+
+
+def inspect_folder(path: str | Path) -> dict[str, Any]:
+    """Layers, experts, parameters (embeddings counted tied and untied), dtype and origin of a dense or sparse folder.
+
+    Reads headers and configs, and of a sparse folder the two embeddings. Raises `ModelError`.
+    """
+    folder = ModelFolder(path)
+    model, _ = empty_model_of(folder)
+    counts, sparse = parameter_counts(model), moe_layers(model)
+    tied = bool(model.config.tie_word_embeddings)
+    again = model.get_parameter(EMBEDDING).numel() if tied else 0
+    facts: dict[str, Any] = {
+        "folder": str(folder.path),
+        "kind": "sparse" if sparse else "dense",
+        "model_type": folder.config["model_type"],
+        "backbone": model.config.model_type,
+        "layers": model.config.num_hidden_layers,
+        "hidden_size": model.config.hidden_size,
+        "vocabulary": model.config.vocab_size,
+        "dtype": str(folder.dtype()).removeprefix("torch."),
+        "embeddings": "tied" if tied else "untied",
+        "parameters": {
+            "total": counts.total,
+            "active": counts.active,
+            "total_untied": counts.total + again,
+            "active_untied": counts.active + again,
+        },
+        "bytes": sum(info.end - info.start for info in folder.tensors.values()),
+    }
+    if sparse:
+        moe = next(iter(sparse.values())).config
+        facts["experts"] = {
+            "sparse_layers": sorted(sparse),
+            "experts": moe.num_experts,
+            "top_k": moe.top_k,
+            "expert_size": moe.expert_size,
+            "router_order": moe.router_order,
+        }
+    else:
+        facts["feed_forward_size"] = model.config.intermediate_size
+    if folder.record is not None:
+        facts["origin"] = {key: value for key, value in folder.record.items() if key not in ("files", "backbone")}
+    return facts

@@ -1,0 +1,122 @@
+"""Perplexity over a strided window, with its standard error."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from moewright.backbone.folder import load_model
+from moewright.data.documents import expand, texts_of
+from moewright.data.tokenizer import load_tokenizer
+from moewright.errors import DataError, UsageError
+
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a model predicts a text."""
+
+    nll: float
+    """Mean negative log-likelihood of a scored token, in nats."""
+    standard_error: float
+    """Of `nll`; windows, not tokens, are taken as independent. NaN for fewer than two windows."""
+    perplexity: float
+    """exp(nll)."""
+    tokens: int
+    """Scored tokens: all but the first of each text."""
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    *,
+    window: int = WINDOW,
+    stride: int | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Score every token of every text but its first.
+
+    `texts`: int64 tensors (N,), each a text of its own. A window of `window` tokens moves on by
+    `stride` (half a window by default) and scores only what no window before it scored, so each token
+    is scored once, all but the first window's with at least `window - stride` tokens of context.
+    `on_tokens` is told after each window how many tokens it scored. Losses are summed in float64.
+
+    Raises `UsageError` for a stride outside 1..window, `DataError` if no text has two tokens.
+    """
+    stride = window // 2 if stride is None else stride
+    if window < 2 or not 1 <= stride <= window:
+        raise UsageError(f"window={window}, stride={stride}: needed are window >= 2 and 1 <= stride <= window")
+    sums, counts = [], []
+    device = next(model.parameters()).device
+    for text in texts:
+        for start, scored_from, end in windows(len(text), window=window, stride=stride):
+            ids = text[start:end][None].to(device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, scored_from - start - 1 : -1]
+            losses = F.cross_entropy(logits.float(), ids[0, scored_from - start :], reduction="none")
+            sums.append(losses.double().sum().item())
+            counts.append(end - scored_from)
+            if on_tokens is not None:
+                on_tokens(counts[-1])
+    if not counts:
+        raise DataError("no text of at least two tokens to score: give longer text")
+    nll, error = _mean_of_clusters(sums, counts)
+    return Perplexity(nll, error, math.exp(min(nll, 700.0)), sum(counts))
+
+
+def windows(length: int, *, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first scored token, end) of each window over a text of `length` tokens."""
+    scored, start = 1, 0
+    while scored < length:
+        end = min(start + window, length)
+        yield start, scored, end
+        scored, start = end, start + stride
+
+
+def _mean_of_clusters(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float]:
+    """Mean per token of clusters of tokens, and its standard error with the clusters as the sampling unit.
+
+    The linearised variance of a ratio of totals, W/(W-1) * sum((s - mean*n)^2) / (sum n)^2 (Cochran,
+    Sampling Techniques, section 6.4), since tokens of one window are far from independent.
+    """
+    total, clusters = sum(counts), len(counts)
+    mean = math.fsum(sums) / total
+    if clusters < 2:
+        return mean, math.nan
+    squares = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    return mean, math.sqrt(clusters / (clusters - 1) * squares) / total
+
+
+def tokenise(folder: Path, files: Sequence[Path | str], *, vocabulary: int) -> list[Tensor]:
+    """The documents of the files as int64 token ids by the folder's tokenizer; no end token is added.
+
+    Raises `DataError` for a missing file, text that is not UTF-8, or a token that the model does not have.
+    """
+    tokenizer = load_tokenizer(folder)
+    texts = []
+    for path in expand([str(file) for file in files]):
+        for text in texts_of(path):
+            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+            if ids.numel() and int(ids.max()) >= vocabulary:
+                raise DataError(
+                    f"{path}: token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}; "
+                    f"the tokenizer in {folder} belongs to another model"
+                )
+            texts.append(ids)
+    return texts
+
+
+def evaluate_files(folder: Path, files: Sequence[Path | str], *, window: int | None = None) -> dict[str, Any]:
+    """Perplexity of a dense or sparse folder on text files; the window is the context, 1024 at most, by default."""
+    model = load_model(folder)
+    window = window or min(WINDOW, model.config.max_position_embeddings)
+    texts = tokenise(folder, files, vocabulary=model.config.vocab_size)
+    measured = perplexity(model, texts, window=window)
+    return {"model": str(folder), "texts": len(texts), "window": window, "stride": window // 2} | asdict(measured)

@@ -1,0 +1,124 @@
+"""Carry out a plan: onto disk, tensor by tensor, or into a live model."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from moewright.backbone.folder import fill, model_record
+from moewright.checkpoint.files import require_space
+from moewright.checkpoint.read import ModelFolder
+from moewright.checkpoint.write import FolderWriter
+from moewright.evaluate.perplexity import tokenise
+from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.plan import UpcyclePlan
+from moewright.upcycle.verify import Comparison, compare
+
+
+@dataclass(frozen=True)
+class UpcycleReport:
+    """What was written, or would be, and how it compares with its source."""
+
+    target: Path
+    written: bool
+    summary: dict[str, Any]
+    layers: list[dict[str, Any]]
+    """By sparse layer: factors of gate, up and down, and the weight sum where one was calibrated."""
+    comparisons: list[Comparison]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        facts: dict[str, Any] = {"target": str(self.target), "written": self.written} | self.summary
+        facts["layers"] = self.layers
+        if self.comparisons:
+            facts["comparisons"] = [comparison.as_dict() for comparison in self.comparisons]
+        return facts
+
+
+def upcycle_folder(
+    source: str | Path,
+    target: str | Path,
+    config: UpcycleConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    calibration_text: Path | None = None,
+    verify_text: Path | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    on_tensor: Callable[[str, int], None] | None = None,
+) -> UpcycleReport:
+    """Write a dense folder as a mixture of experts, one tensor at a time.
+
+    With `verify_text` the result is compared with its source before it is committed, in the dtype
+    written and, if that is another, in float32, and the comparison goes into `moewright.json`.
+    A `dry_run` writes nothing. `on_tensor` is told each tensor's name and bytes as it is written.
+
+    Raises `UsageError`, `ModelError`, `DataError` and `ResourceError`; then nothing is left behind.
+    """
+    source, target = Path(source), Path(target)
+    folder = ModelFolder(source)
+    writer = FolderWriter(target, overwrite=overwrite, sources=[source])
+    vocabulary = int(folder.config.get("vocab_size", 0))
+    texts = None if calibration_text is None else tokenise(source, [calibration_text], vocabulary=vocabulary)
+    verify_texts = None if verify_text is None else tokenise(source, [verify_text], vocabulary=vocabulary)
+    plan = UpcyclePlan(folder, config, dtype=dtype, calibration_texts=texts)
+    summary = plan.summary()
+    if dry_run:
+        disk = next(parent for parent in target.absolute().parents if parent.exists())
+        require_space(disk, summary["bytes"])
+        summary["free_bytes"] = shutil.disk_usage(disk).free
+        return UpcycleReport(target, False, summary, _layers(plan), [])
+    comparisons: list[Comparison] = []
+    with writer:
+        writer.write_json("config.json", plan.config_fields())
+        writer.write_tensors(plan.tensors(), on_tensor=on_tensor)
+        writer.copy_companions(source)
+        if verify_texts is not None:
+            # In float32 too: there only the method can differ, in narrower dtypes also the rounding.
+            for each in dict.fromkeys((plan.dtype, torch.float32)):
+                comparisons.append(
+                    compare(source, writer.path, verify_texts, dtype=each, granularity=config.granularity)
+                )
+        writer.commit(provenance(plan, comparisons) | model_record(plan.model))
+    return UpcycleReport(target, True, summary, _layers(plan), comparisons)
+
+
+def upcycle_model(
+    source: str | Path, config: UpcycleConfig, *, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The same model in memory, on CPU in evaluation mode, and its provenance for `moewright.json`.
+
+    Dense and sparse weights are never in memory together: tensors are read one at a time into place.
+    """
+    plan = UpcyclePlan(ModelFolder(source), config, dtype=dtype)
+    fill(plan.model, plan.twin, plan.tensor)
+    return plan.model, provenance(plan, [])
+
+
+def provenance(plan: UpcyclePlan, comparisons: list[Comparison]) -> dict[str, Any]:
+    """Where a sparse model comes from, for `moewright.json`; the same run says the same bytes."""
+    return {
+        "upcycle": {
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "layers": _layers(plan),
+            "settings": asdict(plan.config),
+            "source": {"model_type": plan.family.model_type, "sha256": plan.folder.fingerprint()},
+            "verification": [comparison.as_dict() for comparison in comparisons],
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+    }
+
+
+def _layers(plan: UpcyclePlan) -> list[dict[str, Any]]:
+    rows = []
+    for layer, factor in plan.factors.items():
+        row: dict[str, Any] = {"layer": layer} | asdict(factor)
+        if layer in plan.weight_sums:
+            row["weight_sum"] = plan.weight_sums[layer]
+        rows.append(row)
+    return rows

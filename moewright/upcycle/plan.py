@@ -1,0 +1,163 @@
+"""Which layers become sparse, what they will hold, and what it will cost; nothing is written yet."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moewright.backbone.family import backbone_config, empty_model, family_of
+from moewright.backbone.folder import config_fields, constant, empty_model_of
+from moewright.backbone.graft import graft
+from moewright.backbone.layout import EMBEDDING, Slot, slots
+from moewright.backbone.sizes import bytes_of, parameter_counts
+from moewright.backbone.twins import Twin, choose_twin, is_sparse
+from moewright.checkpoint.read import ModelFolder
+from moewright.checkpoint.tensorfile import LazyTensor
+from moewright.errors import ModelError, UsageError
+from moewright.moe.config import MoEConfig
+from moewright.upcycle.calibrate import calibrate
+from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.methods import router_rows, shard
+from moewright.upcycle.scale import Factors, factors
+
+
+class UpcyclePlan:
+    """A dense folder, and the sparse model that it becomes: every tensor by name, none made yet.
+
+    `model` is the sparse model with its parameters on meta, `twin` the layout it is written in,
+    `config` the settings with all defaults in place, `factors` what each layer's projections are
+    multiplied by.
+
+    Raises `ModelError` (the source is no dense model that we know, or no layout holds the result) and
+    `UsageError` (widths or layers that the settings do not fit).
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        config: UpcycleConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        calibration_texts: Sequence[Tensor] | None = None,
+    ) -> None:
+        if is_sparse(folder.config):
+            raise ModelError(
+                f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
+            )
+        empty_model_of(folder)  # the source's names and shapes, before anything is read
+        backbone = backbone_config(folder.config)
+        self.folder = folder
+        self.dtype = dtype or folder.dtype()
+        self.config = config.resolved(hidden_size=backbone.hidden_size)
+        moe = _moe_config(self.config, hidden_size=backbone.hidden_size, dense_size=backbone.intermediate_size,
+                          activation=backbone.hidden_act)  # fmt: skip
+        layers = dict.fromkeys(config.chosen_layers(backbone.num_hidden_layers), moe)
+        self.twin: Twin = choose_twin(backbone, layers)
+        self.model: PreTrainedModel = empty_model(backbone, dtype=self.dtype)
+        graft(self.model, layers)
+        self.layers = layers
+        self.family = family_of(backbone)
+        self._projection = lru_cache(maxsize=3)(folder.read)  # gate, up and down of the layer at hand
+        self.weight_sums: dict[int, float] = {}
+        if self.config.scale == "calibrated":
+            self.weight_sums = calibrate(
+                folder, {layer: self.router(layer) for layer in layers}, top_k=config.top_k, texts=calibration_texts
+            )
+        self.factors: dict[int, Factors] = {
+            layer: factors(self.config, weight_sum=self.weight_sums.get(layer)) for layer in layers
+        }
+
+    def router(self, layer: int) -> Tensor:
+        """The router's rows of a layer, (N, D)."""
+        std = self.config.router_std
+        assert std is not None
+        return router_rows(
+            experts=self.config.experts,
+            hidden_size=self.layers[layer].hidden_size,
+            granularity=self.config.granularity,
+            std=std,
+            seed=self.config.seed,
+            layer=layer,
+            dtype=self.dtype,
+        )
+
+    def tensor(self, slot: Slot) -> Tensor:
+        """Make one tensor of the sparse model from the dense folder, in the dtype to be written."""
+        if slot.part == "constant":
+            return constant(slot, self.dtype)
+        if slot.part == "router":
+            return self.router(slot.layer)
+        if slot.part in ("dense", "tied"):
+            return self.folder.read(slot.name if slot.part == "dense" else EMBEDDING).to(self.dtype)
+        dense = self._projection(self.family.projection(slot.part, slot.layer))
+        piece = shard(dense, slot.part, expert=slot.expert, granularity=self.config.granularity)
+        factor = getattr(self.factors[slot.layer], slot.part)
+        # Scaled in float32, so that the dtype to be written rounds once.
+        return piece.to(self.dtype) if factor == 1.0 else (piece.float() * factor).to(self.dtype)
+
+    def tensors(self) -> dict[str, LazyTensor]:
+        """Every tensor of the sparse folder, in the order of writing."""
+        return {
+            slot.name: LazyTensor(slot.shape, self.dtype, partial(self.tensor, slot))
+            for slot in slots(self.model, self.twin)
+        }
+
+    def config_fields(self) -> dict[str, Any]:
+        """config.json of the sparse folder."""
+        return config_fields(self.model, self.twin)
+
+    def summary(self) -> dict[str, Any]:
+        """What will be written, for a dry run and for the report."""
+        dense, sparse = empty_model_of(self.folder)[0], self.model
+        before, after = parameter_counts(dense), parameter_counts(sparse)
+        moe = next(iter(self.layers.values()))
+        return {
+            "source": str(self.folder.path),
+            "family": self.family.model_type,
+            "target_format": self.twin.model_type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sparse_layers": len(self.layers),
+            "dense_layers": sparse.config.num_hidden_layers - len(self.layers),
+            "expert_width": moe.expert_size,
+            "settings": asdict(self.config),
+            "parameters": {"dense": before.total, "total": after.total, "active": after.active},
+            "flops_per_token": {
+                "dense": 2 * before.multiplied,
+                "sparse": 2 * after.multiplied,
+                "ratio": after.multiplied / before.multiplied,
+            },
+            "bytes": sum(tensor.nbytes for tensor in self.tensors().values()),
+            "memory_needed": 4 * max(bytes_of(tensor) for tensor in dense.parameters()),
+        }
+
+
+def _moe_config(config: UpcycleConfig, *, hidden_size: int, dense_size: int, activation: str) -> MoEConfig:
+    if dense_size % config.granularity:
+        raise UsageError(
+            f"granularity={config.granularity} does not divide the feed-forward width {dense_size}; "
+            f"use one of {', '.join(str(g) for g in range(1, 65) if dense_size % g == 0)}"
+        )
+    return MoEConfig(
+        hidden_size=hidden_size,
+        expert_size=dense_size // config.granularity,
+        num_experts=config.experts,
+        top_k=config.top_k,
+        router_order="softmax-topk" if config.router_order == "softmax-topk" else "topk-softmax",
+        activation=activation,
+    )
+
+
+def plan_upcycle(
+    source: str | Path,
+    config: UpcycleConfig,
+    *,
+    dtype: torch.dtype | None = None,
+    calibration_texts: Sequence[Tensor] | None = None,
+) -> UpcyclePlan:
+    """Open a dense folder and plan what it becomes."""
+    return UpcyclePlan(ModelFolder(source), config, dtype=dtype, calibration_texts=calibration_texts)

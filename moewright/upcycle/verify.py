@@ -1,0 +1,128 @@
+"""Dense against sparse on the same tokens: what upcycling changed."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from moewright.backbone.folder import load_model
+from moewright.backbone.graft import moe_layers
+from moewright.errors import DataError
+from moewright.moe.router import Routing
+
+VERIFY_TOKENS = 2048
+VERIFY_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A sparse model beside the dense model that it came from, computed in one dtype."""
+
+    dtype: str
+    tokens: int
+    """Positions compared."""
+    largest_logit_difference: float
+    mean_logit_difference: float
+    relative_logit_difference: float
+    """The largest difference over the largest absolute logit of the dense model."""
+    top1_agreement: float
+    """Share of positions where both rank the same token first."""
+    dense_perplexity: float
+    sparse_perplexity: float
+    broken_groups: float
+    """Share of (token, layer) pairs whose chosen experts are not whole virtual groups: a tie that rounding broke."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.dtype, granularity: int) -> Comparison:
+    """Compare two folders on at most 2048 tokens of `texts` (token ids), in windows of 512.
+
+    One model is in memory at a time, and the dense model's logits in float32. Raises `DataError` if
+    there are no two tokens.
+    """
+    windows = _windows(texts)
+    model = load_model(dense, dtype=dtype)
+    wanted = [_logits(model, window) for window in windows]
+    model = load_model(sparse, dtype=dtype)
+    with _routings(model) as routings:
+        found = [_logits(model, window) for window in windows]
+    largest = total = scale = 0.0
+    agree = count = 0
+    for a, b in zip(found, wanted, strict=True):
+        difference = (a - b).abs()
+        largest = max(largest, difference.max().item())
+        total += difference.sum(dtype=torch.float64).item()
+        scale = max(scale, b.abs().max().item())
+        agree += int((a.argmax(-1) == b.argmax(-1)).sum())
+        count += len(a)
+    return Comparison(
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=count,
+        largest_logit_difference=largest,
+        mean_logit_difference=total / (count * wanted[0].shape[-1]),
+        relative_logit_difference=largest / scale if scale else math.inf,
+        top1_agreement=agree / count,
+        dense_perplexity=_perplexity(wanted, windows),
+        sparse_perplexity=_perplexity(found, windows),
+        broken_groups=broken_groups(routings, granularity=granularity),
+    )
+
+
+def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
+    """Share of rows of the chosen experts, (T, K) each, that are not made of whole virtual groups."""
+    broken = rows = 0
+    for experts_TK in experts:
+        groups_TK = (experts_TK // granularity).sort(dim=-1).values
+        # Whole groups, sorted, are runs of G equal numbers.
+        runs = groups_TK.unflatten(-1, (-1, granularity))
+        broken += int((runs != runs[..., :1]).any(dim=-1).any(dim=-1).sum())
+        rows += len(experts_TK)
+    return broken / rows
+
+
+def _windows(texts: Sequence[Tensor]) -> list[Tensor]:
+    windows, tokens = [], 0
+    for text in texts:
+        for window in text[: VERIFY_TOKENS - tokens].split(VERIFY_WINDOW):
+            if len(window) > 1:
+                windows.append(window)
+                tokens += len(window)
+    if not windows:
+        raise DataError("no text of at least two tokens to compare on: give longer text")
+    return windows
+
+
+def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0].float()
+    return logits
+
+
+def _perplexity(logits: Sequence[Tensor], windows: Sequence[Tensor]) -> float:
+    losses = [F.cross_entropy(a[:-1], w[1:], reduction="none").double() for a, w in zip(logits, windows, strict=True)]
+    return math.exp(min(torch.cat(losses).mean().item(), 700.0))
+
+
+@contextmanager
+def _routings(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collect the chosen experts, (T, K), of every layer and forward pass inside the block."""
+    found: list[Tensor] = []
+
+    def collect(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        found.append(routing.experts_TK)
+
+    handles = [moe.router.register_forward_hook(collect) for moe in moe_layers(model).values()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
