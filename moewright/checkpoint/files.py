@@ -1,0 +1,201 @@
+"""Durable, hashed files, and JSON and names from folders that we do not trust."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypedDict
+
+from moewright.errors import ModelError, MoewrightError, ResourceError
+
+MAX_JSON_BYTES = 64 * 2**20
+CHUNK_BYTES = 2**24
+# Letters, digits and a few signs: a name can then hold neither a separator, nor "..", nor a NUL byte.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FileRecord(TypedDict):
+    """What is remembered of a file's content: its length in bytes and its SHA-256 in hex."""
+
+    bytes: int
+    sha256: str
+
+
+class HashedFile:
+    """A new file, hashed while it is written and on the disk when the ``with`` block has ended.
+
+    Creation is exclusive (FileExistsError), so a link planted under the name is never followed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb")
+        self._sha256 = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``; a memoryview must be of bytes (format "B")."""
+        self._file.write(data)
+        self._sha256.update(data)
+        self._bytes += len(data)
+
+    @property
+    def record(self) -> FileRecord:
+        """Length and hash of what was written so far."""
+        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+
+def write_bytes(path: Path, data: bytes) -> FileRecord:
+    """Write a new file and bring it to the disk."""
+    with HashedFile(path) as file:
+        file.write(data)
+    return file.record
+
+
+def copy_file(source: Path, target: Path) -> FileRecord:
+    """Copy ``source`` to the new file ``target``, a chunk at a time."""
+    with source.open("rb") as original, HashedFile(target) as copy:
+        while chunk := original.read(CHUNK_BYTES):
+            copy.write(chunk)
+    return copy.record
+
+
+def record_of(path: Path) -> FileRecord:
+    """Length and hash of an existing file, read a chunk at a time."""
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def difference(path: Path, expected: FileRecord) -> str | None:
+    """What is wrong with the file at ``path``, in words, or None if it holds what ``expected`` says."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        return f"{path.name} has {size} bytes, {expected['bytes']} were written"
+    if record_of(path)["sha256"] != expected["sha256"]:
+        return f"{path.name} has another SHA-256 than when it was written"
+    return None
+
+
+def parse_records(value: object) -> dict[str, FileRecord]:
+    """Take the ``files`` table of a JSON record apart; ValueError if it is not one."""
+    if not isinstance(value, dict):
+        raise ValueError("its 'files' is not a table")
+    for name, entry in value.items():
+        known = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+        if not (known and PLAIN_NAME.fullmatch(name)):
+            raise ValueError(f"its entry for the file {name!r} is malformed")
+    return value
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """The one way we write JSON: sorted keys, indent 2, a newline at the end; ValueError for NaN and Inf."""
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most ``MAX_JSON_BYTES``; ModelError if it is something else."""
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ModelError(f"{path}: {size} bytes, at most {MAX_JSON_BYTES} are read; is it the right file?")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error}); copy or download the file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds a JSON {type(value).__name__}, an object {{...}} is needed")
+    return value
+
+
+def file_inside(folder: Path, name: object) -> Path:
+    """The path of a file that a folder, or something written in it, names.
+
+    ModelError unless ``name`` is a plain file name and the file, links resolved, lies in ``folder``.
+    """
+    if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+        raise ModelError(f"{folder}: {name!r} is not a plain file name; only files in the folder itself are read")
+    path = folder / name
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file, or not a regular one; copy or download the folder again")
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(folder)):
+        raise ModelError(
+            f"{path}: a link that leads out of the folder; make a copy with the files (cp -rL) and use that"
+        )
+    return path
+
+
+def some(names: list[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's entries (new, renamed and removed names), to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that it holds."""
+    with contextlib.suppress(FileNotFoundError):  # another process has been quicker
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """ResourceError unless the disk of ``folder`` has ``needed`` bytes to spare."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ResourceError(f"{folder}: {needed} bytes are needed, {free} are free; make room or choose another disk")
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors while reading below ``path`` (permissions, a bad disk) into ModelError."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.filename or path}: {error.strerror})") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path, refusal: type[MoewrightError] = ModelError) -> Iterator[None]:
+    """Turn the operating system's errors while writing below ``path`` into ours.
+
+    A full disk, quota or file-size limit becomes ResourceError, any other OSError becomes ``refusal``.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            free = shutil.disk_usage(path.parent).free
+            raise ResourceError(
+                f"{path}: {error.strerror} ({free} bytes free); make room or choose another disk"
+            ) from error
+        where = error.filename or path
+        raise refusal(f"{path}: cannot be written ({where}: {error.strerror}); choose another place") from error

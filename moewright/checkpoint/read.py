@@ -1,0 +1,225 @@
+"""Reading Hugging Face model folders that we did not write, and do not trust."""
+
+import functools
+import hashlib
+import math
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moewright.checkpoint.files import difference, file_inside, parse_records, read_json, reading, record_of, some
+from moewright.checkpoint.tensorfile import TensorInfo, read_header, read_tensor
+from moewright.errors import ModelError
+
+CONFIG = "config.json"
+RECORD = "moewright.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Settings through which a config can make transformers import or download code. Such a choice is the caller's alone.
+CODE_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "trust_remote_code"})
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def interrupted_name(name: str) -> str:
+    """What ``FolderWriter`` calls the old folder ``name`` while it puts a new one in its place."""
+    return f".{name}.moewright-old"
+
+
+class ModelFolder:
+    """A Hugging Face model folder opened for reading: headers are read and checked, no tensor is allocated.
+
+    ``config`` is config.json without private keys (``_...``) and without ``auto_map`` and the like, at any depth:
+    no code that a folder names is ever run. ``record`` is moewright.json, or None in a folder that we did not write.
+    ``tensors`` lists the tensors in the order of their files and of their bytes.
+
+    ModelError if the folder is missing, empty, damaged, quantised, holds only pickled weights, or names a file
+    outside itself. Files are opened anew for each read, so nothing needs to be closed.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    record: dict[str, Any] | None
+    tensors: dict[str, TensorInfo]
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with reading(self.path):
+            _require_content(self.path)
+            self.config = _read_config(self.path)
+            self.record = read_json(file_inside(self.path, RECORD)) if (self.path / RECORD).exists() else None
+            self.tensors = _read_headers(self.path)
+        quantised = [info.name for info in self.tensors.values() if info.dtype in FLOAT8]
+        if quantised:
+            raise _quantised(self.path, f"float8 tensors {some(quantised)}")
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: Collection[str] = ()) -> None:
+        """Compare names and shapes with ``expected``; ModelError lists the first five that differ.
+
+        A name in ``optional`` may be absent, and may be present without being expected.
+        """
+        missing = [name for name in expected if name not in self.tensors and name not in optional]
+        if missing:
+            raise ModelError(f"{self.path}: tensors missing that {CONFIG} calls for: {some(missing)}")
+        unknown = [name for name in self.tensors if name not in expected and name not in optional]
+        if unknown:
+            raise ModelError(f"{self.path}: tensors that {CONFIG} has no place for: {some(unknown)}")
+        shapes = [(name, self.tensors[name].shape, expected[name]) for name in expected if name in self.tensors]
+        wrong = [f"{name} is {list(found)}, not {list(due)}" for name, found, due in shapes if found != tuple(due)]
+        if wrong:
+            raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {some(wrong)}")
+
+    def read(self, name: str, *, allow_nonfinite: bool = False) -> Tensor:
+        """Read one tensor, in its stored dtype, into memory of its own; ModelError if it holds NaN or Inf."""
+        with reading(self.path):
+            tensor = read_tensor(self.tensors[name])
+        if not allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
+            # The extremes tell (NaN spreads to both) and, unlike isfinite, need no mask of the tensor's size.
+            low, high = torch.aminmax(tensor)
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ModelError(f"{self.tensors[name].file}: tensor {name} holds NaN or Inf; use an undamaged model")
+        return tensor
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the floating tensors; if they differ, the narrowest that holds all, with a UserWarning once."""
+        return self._dtype
+
+    @functools.cached_property
+    def _dtype(self) -> torch.dtype:
+        found = sorted({info.dtype for info in self.tensors.values() if info.dtype.is_floating_point}, key=str)
+        if not found:
+            raise ModelError(f"{self.path}: no floating-point weights")
+        widest = functools.reduce(torch.promote_types, found)
+        if len(found) > 1:
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
+            chosen = str(widest).removeprefix("torch.")
+            warnings.warn(f"{self.path}: weights of mixed dtypes {names}; {chosen} is used for all", stacklevel=4)
+        return widest
+
+    def parameter_count(self) -> int:
+        """Number of elements in the files, a tensor that is tied and stored once counted once."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over config.json and the weight files; reads every byte, a chunk at a time."""
+        files = {file.name: file for file in (self.path / CONFIG, *self._weight_files())}
+        text = "".join(f"{record_of(files[name])['sha256']}  {name}\n" for name in sorted(files))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def verify_checksums(self) -> None:
+        """Compare every file that moewright.json lists with its size and SHA-256; nothing to do without a record.
+
+        ModelError at the first file that differs, or if a weight file is not listed.
+        """
+        if self.record is None:
+            return
+        try:
+            records = parse_records(self.record.get("files"))
+        except ValueError as error:
+            raise ModelError(f"{self.path / RECORD}: {error}; write the folder again") from error
+        unlisted = sorted({file.name for file in self._weight_files()} - records.keys())
+        if unlisted:
+            raise ModelError(f"{self.path}: {RECORD} does not list {some(unlisted)}; write the folder again")
+        for name, record in records.items():
+            what = difference(self.path / name, record)
+            if what is not None:
+                raise ModelError(f"{self.path}: {what}; write the folder again, or delete {RECORD} if that was you")
+
+    def _weight_files(self) -> set[Path]:
+        return {info.file for info in self.tensors.values()}
+
+
+def _require_content(path: Path) -> None:
+    if not path.exists():
+        old = path.parent / interrupted_name(path.name)
+        if old.is_dir():
+            raise ModelError(
+                f"{path}: an overwrite was interrupted, the model is in {old}; rename it back or write again"
+            )
+        raise ModelError(f"{path}: no such folder; a folder with {CONFIG} and *.safetensors is needed")
+    if not path.is_dir():
+        raise ModelError(f"{path}: not a folder; a folder with {CONFIG} and *.safetensors is needed")
+    if not any(path.iterdir()):
+        raise ModelError(f"{path}: the folder is empty; {CONFIG} and *.safetensors are needed")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(file_inside(path, CONFIG))
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key) is not None:
+            raise _quantised(path, f"{key} in {CONFIG}")
+    if config.get("auto_map") is not None:
+        warnings.warn(f"{path}: auto_map in {CONFIG} is ignored, code from a model folder is never run", stacklevel=4)
+    try:
+        cleaned: dict[str, Any] = without_code(config)
+    except RecursionError as error:
+        raise ModelError(f"{path / CONFIG}: nested too deeply") from error
+    return cleaned
+
+
+def _quantised(path: Path, sign: str) -> ModelError:
+    return ModelError(f"{path}: quantised weights ({sign}); use the model in float32, bfloat16 or float16")
+
+
+def without_code(value: Any) -> Any:
+    """A JSON value without private keys and without those that choose code, at any depth."""
+    if isinstance(value, dict):
+        return {k: without_code(v) for k, v in value.items() if not k.startswith("_") and k not in CODE_KEYS}
+    if isinstance(value, list):
+        return [without_code(item) for item in value]
+    return value
+
+
+def _read_headers(path: Path) -> dict[str, TensorInfo]:
+    single, index = (path / WEIGHTS).exists(), (path / INDEX).exists()
+    if single and index:
+        raise ModelError(f"{path}: both {WEIGHTS} and {INDEX}; remove the one that is out of date")
+    if index:
+        return _read_shards(path)
+    if not single:
+        raise _no_weights(path)
+    tensors = read_header(file_inside(path, WEIGHTS))
+    if not tensors:
+        raise ModelError(f"{path / WEIGHTS}: holds no tensors")
+    return tensors
+
+
+def _no_weights(path: Path) -> ModelError:
+    shards = sorted(file.name for file in path.glob("*.safetensors"))
+    if shards:
+        return ModelError(f"{path}: {some(shards)}, but no {INDEX} (for one file: no {WEIGHTS}); download it too")
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+    if pickles:
+        return ModelError(
+            f"{path}: only pickled weights ({some(pickles)}), which can run code; if you trust them, "
+            "convert them with transformers: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST)"
+        )
+    return ModelError(f"{path}: no {WEIGHTS} and no {INDEX}; download the weights too")
+
+
+def _read_shards(path: Path) -> dict[str, TensorInfo]:
+    index = path / INDEX
+    places = read_json(file_inside(path, INDEX)).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{index}: no weight_map; download the file again")
+    for place in places.values():
+        if not (isinstance(place, str) and place.endswith(".safetensors")):
+            raise ModelError(f"{index}: {place!r} is not the name of a safetensors file")
+    tensors: dict[str, TensorInfo] = {}
+    unlisted: list[str] = []
+    for shard in sorted(set(places.values())):
+        for name, info in read_header(file_inside(path, shard)).items():
+            if places.get(name) == shard:
+                tensors[name] = info
+            else:
+                unlisted.append(name)
+    if unlisted:
+        raise ModelError(f"{index}: tensors in the shards that it lacks: {some(unlisted)}; download the folder again")
+    absent = [name for name in places if name not in tensors]
+    if absent:
+        raise ModelError(f"{index}: names tensors that its shards lack: {some(absent)}; download the folder again")
+    return tensors

@@ -1,0 +1,171 @@
+"""Training state: saved by a commit protocol, verified to the last byte before it is used.
+
+A state is a folder ``step-00000010`` with ``tensors.safetensors``, ``facts.json`` and, written last, the marker
+``COMMITTED.json`` with the size and SHA-256 of the other two. It is prepared as ``step-00000010.tmp-<uuid>``, which
+no reader looks at. No part of it is a pickle.
+"""
+
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moewright.checkpoint.files import (
+    FileRecord,
+    difference,
+    json_bytes,
+    parse_records,
+    read_json,
+    remove,
+    require_space,
+    sync,
+    write_bytes,
+    writing,
+)
+from moewright.checkpoint.tensorfile import LazyTensor, read_header, read_tensor, write_tensor_file
+from moewright.errors import CheckpointError, ModelError
+
+SCHEMA = 1
+TENSORS = "tensors.safetensors"
+FACTS = "facts.json"
+MARKER = "COMMITTED.json"
+# ".old-": the state that a second save of the same step has moved aside; it counts until the new one is in place.
+STATE = re.compile(r"step-(\d{8,})(\.old-[0-9a-f]{32})?")
+LEFTOVER = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]{32}")
+
+
+def save_state(
+    root: Path, *, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write the state of ``step`` below ``root`` and return its folder, ``root/step-XXXXXXXX``.
+
+    A state of the same step is replaced. Once the new one is complete, all but the newest ``keep`` states up to
+    ``step`` are removed, and so are the leftovers of killed saves; states of later steps (damaged ones that a resume
+    has skipped) stay until they are replaced. One process at a time may save below a root.
+
+    ``facts`` is anything JSON can hold (ValueError for NaN and Inf). ResourceError if the disk is full,
+    CheckpointError if it cannot be written; the earlier states are then untouched.
+    """
+    assert step >= 0
+    assert keep >= 1
+    final = root / f"step-{step:08}"
+    with writing(root, CheckpointError):
+        root.mkdir(parents=True, exist_ok=True)
+        lazy = {name: _lazy(tensor) for name, tensor in tensors.items()}
+        require_space(root, sum(entry.nbytes for entry in lazy.values()))
+        work = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
+        work.mkdir()
+        try:
+            _write(work, step, lazy, facts)
+            if final.exists():
+                final.rename(final.with_name(f"{final.name}.old-{uuid.uuid4().hex}"))
+            work.rename(final)
+        except BaseException:
+            remove(work)
+            raise
+        sync(root)
+        _retire(root, step, keep)
+    return final
+
+
+def _lazy(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _write(work: Path, step: int, tensors: Mapping[str, LazyTensor], facts: Mapping[str, Any]) -> None:
+    records = {
+        TENSORS: write_tensor_file(work / TENSORS, tensors),
+        FACTS: write_bytes(work / FACTS, json_bytes(facts)),
+    }
+    marker = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "files": records}
+    sync(work)
+    write_bytes(work / MARKER, json_bytes(marker))
+    sync(work)
+
+
+def _retire(root: Path, step: int, keep: int) -> None:
+    """Delete what the newest state has made superfluous: older states, replaced ones, leftovers of killed saves."""
+    states = [path for path in _states(root) if _key(path)[0] <= step]
+    current = [path for path in states if not _key(path)[1]]
+    for path in [path for path in states if path not in current[:keep]]:
+        # Renamed first: a kill while deleting leaves a leftover, not a damaged state.
+        path.rename(root / f"step-{_key(path)[0]:08}.tmp-{uuid.uuid4().hex}")
+    for path in _leftovers(root):
+        remove(path)
+
+
+def _key(path: Path) -> tuple[int, bool]:
+    """The step, and whether the state was moved aside."""
+    match = STATE.fullmatch(path.name)
+    assert match is not None
+    return int(match[1]), match[2] is not None
+
+
+def _states(root: Path) -> list[Path]:
+    """All states, the newest first; one that was moved aside follows the one that replaces it."""
+    found = [path for path in root.iterdir() if STATE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (-_key(path)[0], _key(path)[1], path.name))
+
+
+def _leftovers(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if LEFTOVER.fullmatch(path.name))
+
+
+def newest_state(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest state below ``root`` that verifies (marker, sizes, SHA-256), and why each newer one was skipped.
+
+    (None, ...) if nothing was ever saved there. Leftovers of killed saves are named among the reasons, and are no
+    history. CheckpointError if there are states and none verifies: a run never starts from step 0 by itself.
+    """
+    if not root.is_dir():
+        return None, []
+    reasons = [f"{path.name}: an interrupted save, ignored" for path in _leftovers(root)]
+    states = _states(root)
+    for path in states:
+        try:
+            for name, record in _read_marker(path).items():
+                what = difference(path / name, record)
+                if what is not None:
+                    raise CheckpointError(what)
+        except (CheckpointError, OSError) as error:
+            reasons.append(f"{path.name}: {error}")
+        else:
+            return path, reasons
+    if states:
+        raise CheckpointError(
+            f"{root}: no state verifies ({'; '.join(reasons)}); restore one, or begin in a new folder"
+        )
+    return None, reasons
+
+
+def _read_marker(path: Path) -> dict[str, FileRecord]:
+    """The files of a state with their records; CheckpointError if the marker is not sound."""
+    if not (path / MARKER).is_file():
+        raise CheckpointError(f"{MARKER} is missing")
+    try:
+        marker = read_json(path / MARKER)
+        records = parse_records(marker.get("files"))
+    except ValueError as error:
+        raise CheckpointError(f"{MARKER} is damaged: {error}") from error
+    if marker.get("schema") != SCHEMA:
+        raise CheckpointError(f"{MARKER} has schema {marker.get('schema')!r}, this version reads {SCHEMA}")
+    if marker.get("step") != _key(path)[0] or records.keys() != {TENSORS, FACTS}:
+        raise CheckpointError(f"{MARKER} belongs to another state")
+    return records
+
+
+def load_state(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and facts of a state that ``newest_state`` has returned.
+
+    The hashes are not computed a second time; CheckpointError if the folder has changed since.
+    """
+    try:
+        _read_marker(path)
+        tensors = {name: read_tensor(info) for name, info in read_header(path / TENSORS).items()}
+        return tensors, read_json(path / FACTS)
+    except (CheckpointError, ModelError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded ({error})") from error

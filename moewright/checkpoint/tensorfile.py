@@ -1,0 +1,188 @@
+"""The safetensors format: headers checked before use, one tensor read at a time, files written as a stream.
+
+A file is: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets),
+the tensors' bytes without gaps. The ``safetensors`` library reads it, but writes only from tensors that are all in
+memory at once, and takes whatever a header claims to the operating system; hence these few functions of our own.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from moewright.checkpoint.files import FileRecord, HashedFile
+from moewright.errors import ModelError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: bytes ``start`` to ``end`` (absolute) of ``file``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when its turn to be written comes; ``make`` returns exactly this shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and places of a file's tensors, in the order of their bytes; nothing is allocated for them.
+
+    ModelError if the file is truncated, too long, or its header is not one that describes the file exactly.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8:
+            raise _damaged(path, f"expected at least 8 bytes, found {size}")
+        if length > MAX_HEADER_BYTES:
+            raise _damaged(path, f"its header claims {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
+        if 8 + length > size:
+            raise _damaged(path, f"truncated: expected at least {8 + length} bytes, found {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not valid JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _damaged(path, f"its header is a JSON {type(header).__name__}, not an object")
+    header.pop("__metadata__", None)
+    infos = [_parse(path, name, entry, 8 + length) for name, entry in header.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    position = 8 + length
+    for info in infos:
+        if info.start != position:
+            raise _damaged(
+                path, f"tensor {info.name} starts at byte {info.start}, the one before it ends at {position}"
+            )
+        position = info.end
+    if position != size:
+        raise _damaged(
+            path, f"{'truncated' if size < position else 'too long'}: expected {position} bytes, found {size}"
+        )
+    return {info.name: info for info in infos}
+
+
+def _parse(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    if not isinstance(entry, dict):
+        raise _damaged(path, f"tensor {name} has no description")
+    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ModelError(f"{path}: tensor {name} is of dtype {dtype!r}; allowed are {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > 8:
+        raise _damaged(path, f"tensor {name} has a malformed shape")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"tensor {name} has malformed offsets")
+    start, end = offsets
+    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - start != needed:
+        raise _damaged(
+            path, f"tensor {name} of shape {shape} and dtype {dtype} needs {needed} bytes, it has {end - start}"
+        )
+    return TensorInfo(name, tuple(shape), DTYPES[dtype], path, base + start, base + end)
+
+
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**48 for item in value)
+
+
+def _damaged(path: Path, what: str) -> ModelError:
+    return ModelError(f"{path}: {what}; copy or download the file again")
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """Read one tensor into memory of its own; ModelError if the file has become shorter since its header was read."""
+    data = torch.empty(info.end - info.start, dtype=torch.uint8)
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        found = file.readinto(data.numpy().data)
+    if found != len(data):
+        raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
+    return data.view(info.dtype).reshape(info.shape)
+
+
+def layout(tensors: Mapping[str, LazyTensor]) -> list[str]:
+    """The order of the tensors in a file: that of the mapping, wide dtypes first.
+
+    Readers view the bytes in place, so each tensor must start at a multiple of its item size.
+    """
+    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+
+
+def write_tensor_file(
+    path: Path, tensors: Mapping[str, LazyTensor], *, on_tensor: Callable[[str, int], None] | None = None
+) -> FileRecord:
+    """Write ``tensors`` to the new file ``path``, making, writing and dropping one after the other.
+
+    Same tensors, same bytes. ``on_tensor(name, bytes)`` is called after each. OSError as the system raises it.
+    """
+    order = layout(tensors)
+    with HashedFile(path) as file:
+        file.write(_header({name: tensors[name] for name in order}))
+        for name in order:
+            _write_tensor(file, name, tensors[name])
+            if on_tensor is not None:
+                on_tensor(name, tensors[name].nbytes)
+    return file.record
+
+
+def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, lazy in tensors.items():
+        end = position + lazy.nbytes
+        header[name] = {"dtype": NAMES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    assert len(text) <= MAX_HEADER_BYTES, f"a header of {len(text)} bytes is not readable: write smaller shards"
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file: HashedFile, name: str, lazy: LazyTensor) -> None:
+    # A function of its own, so that the tensor is dropped before the next one is made.
+    tensor = lazy.make()
+    found = (tuple(tensor.shape), tensor.dtype)
+    assert found == (lazy.shape, lazy.dtype), f"{name}: {found} was made, {(lazy.shape, lazy.dtype)} announced"
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    file.write(data.numpy().data)
