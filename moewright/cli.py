@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import itertools
 import json
 import math
 import os
@@ -84,6 +85,7 @@ def inspect(args: argparse.Namespace) -> Facts:
 def upcycle(args: argparse.Namespace) -> Facts:
     import torch
 
+    from moewright.report.progress import progress_bar
     from moewright.upcycle.apply import upcycle_folder
 
     config = UpcycleConfig(
@@ -95,16 +97,18 @@ def upcycle(args: argparse.Namespace) -> Facts:
         layers=args.layers,
         seed=args.seed,
     )
-    report = upcycle_folder(
-        args.source,
-        args.target,
-        config,
-        dtype=None if args.dtype is None else getattr(torch, args.dtype),
-        calibration_text=args.calibration_text,
-        verify_text=args.verify_text,
-        dry_run=args.dry_run,
-        overwrite=args.overwrite,
-    )
+    with progress_bar("writing") as track:
+        report = upcycle_folder(
+            args.source,
+            args.target,
+            config,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            calibration_text=args.calibration_text,
+            verify_text=args.verify_text,
+            dry_run=args.dry_run,
+            overwrite=args.overwrite,
+            track=track,
+        )
     return report.as_dict()
 
 
@@ -115,13 +119,18 @@ def train(args: argparse.Namespace) -> Facts:
     from moewright.train.config import load_run
 
     result = loop.train(load_run(args.run, args.overrides), console=Console(stderr=True))
-    return dataclasses.asdict(result)
+    facts = dataclasses.asdict(result)
+    if not args.json:
+        facts.pop("losses", None)  # metrics.jsonl has them
+    return facts
 
 
 def evaluate_perplexity(args: argparse.Namespace) -> Facts:
     from moewright.evaluate.perplexity import evaluate_files
+    from moewright.report.progress import progress_bar
 
-    return evaluate_files(args.folder, args.texts)
+    with progress_bar("scoring") as track:
+        return evaluate_files(args.folder, args.texts, track=track)
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -129,7 +138,9 @@ def demo(args: argparse.Namespace) -> None:
 
     from moewright.demo.story import run_demo
 
-    run_demo(args.out, Console())
+    names = itertools.chain(["demo"], (f"demo-{number}" for number in itertools.count(2)))
+    out = args.out or next(path for path in (Path("runs") / name for name in names) if not path.exists())
+    run_demo(out, Console())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,7 +186,9 @@ def _build_parser() -> _Parser:
     verb.add_argument("texts", metavar="TEXT", type=Path, nargs="+", help="UTF-8 text files, scored one by one")
 
     verb = _add_verb(verbs, "demo", demo, "the whole story on a real 135M-parameter model, in about ten minutes", False)
-    verb.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/demo"), help="default: %(default)s")
+    verb.add_argument(
+        "--out", metavar="DIR", type=Path, help="a new folder (default: runs/demo, or the next that is free)"
+    )
     return parser
 
 

@@ -82,6 +82,7 @@ def test_twin_computes_what_the_grafted_model_computes(tmp_path, model_type, ord
     assert relative(logits(theirs), logits(model)) < 1e-5
 
     ours = load_model(folder)
+    assert not any(tensor.is_meta for tensor in (*ours.parameters(), *ours.buffers()))
     assert ours.config.model_type == model_type
     assert sorted(moe_layers(ours)) == sorted(layers)
     assert torch.equal(logits(ours), logits(model))

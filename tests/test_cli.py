@@ -84,6 +84,7 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
     calls: list[tuple[Any, ...]] = []
 
     def upcycle_folder(source: Path, target: Path, config: UpcycleConfig, **options: Any) -> Result:
+        assert callable(options.pop("track"))
         calls.append((source, target, config, options))
         return Result(steps=0, out=target)
 
@@ -133,7 +134,7 @@ def test_train_passes_overrides_through(library: Library, capsys: pytest.Capture
 
 def test_evaluate_and_demo(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
-    library("evaluate.perplexity", evaluate_files=lambda folder, files: {"folder": folder, "files": files})
+    library("evaluate.perplexity", evaluate_files=lambda folder, files, track: {"folder": folder, "files": files})
     library("demo.story", run_demo=lambda out, console: seen.append(out))
     assert cli.main(["evaluate", "perplexity", "m", "a.txt", "b.txt", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"folder": "m", "files": ["a.txt", "b.txt"]}

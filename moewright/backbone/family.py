@@ -122,7 +122,10 @@ def empty_model(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedMo
 
 
 def materialise(model: nn.Module) -> None:
-    """Replace every meta parameter by uninitialised memory on CPU; tied parameters stay tied."""
+    """Replace every meta parameter by uninitialised memory on CPU, and every meta buffer by zeros.
+
+    Tied parameters stay tied. The only buffers on meta are the statistics of grafted layers, which start at zero.
+    """
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -131,3 +134,6 @@ def materialise(model: nn.Module) -> None:
                     empty: Tensor = torch.empty_like(parameter, device="cpu")
                     moved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
                 module._parameters[name] = moved[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")

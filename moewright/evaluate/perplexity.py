@@ -1,6 +1,7 @@
 """Perplexity over a strided window, with its standard error."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,10 +114,23 @@ def tokenise(folder: Path, files: Sequence[Path | str], *, vocabulary: int) -> l
     return texts
 
 
-def evaluate_files(folder: Path, files: Sequence[Path | str], *, window: int | None = None) -> dict[str, Any]:
-    """Perplexity of a dense or sparse folder on text files; the window is the context, 1024 at most, by default."""
+def evaluate_files(
+    folder: Path,
+    files: Sequence[Path | str],
+    *,
+    window: int | None = None,
+    track: Callable[[int], Callable[[int], None]] | None = None,
+) -> dict[str, Any]:
+    """Perplexity of a dense or sparse folder on text files; the window is the context, 1024 at most, by default.
+
+    `track(total)` is called once with the number of tokens to score and returns an `on_tokens`.
+    """
     model = load_model(folder)
     window = window or min(WINDOW, model.config.max_position_embeddings)
     texts = tokenise(folder, files, vocabulary=model.config.vocab_size)
-    measured = perplexity(model, texts, window=window)
-    return {"model": str(folder), "texts": len(texts), "window": window, "stride": window // 2} | asdict(measured)
+    on_tokens = None if track is None else track(sum(max(len(text) - 1, 0) for text in texts))
+    start = time.perf_counter()
+    measured = perplexity(model, texts, window=window, on_tokens=on_tokens)
+    seconds = time.perf_counter() - start
+    facts = {"model": str(folder), "texts": len(texts), "window": window, "stride": window // 2} | asdict(measured)
+    return facts | {"seconds": seconds, "tokens_per_second": measured.tokens / seconds}

@@ -59,5 +59,5 @@ def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
     A block of a transformers model returns hidden states and nothing else; this is how a per-layer
     loss reaches the parameters all the same, under recomputation and in pipelines too.
     """
-    attached: Tensor = _AttachLoss.apply(output, loss)  # type: ignore[no-untyped-call]  # untyped in torch
+    attached: Tensor = _AttachLoss.apply(output, loss)  # type: ignore[no-untyped-call]
     return attached

@@ -49,7 +49,7 @@ class _Dispatch(torch.autograd.Function):
 
 def dispatch(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """Copy each token once for each of its experts: (T, D) -> (N, D), sorted by expert."""
-    copies_ND: Tensor = _Dispatch.apply(x_TD, permutation.token_N, permutation.position_TK)  # type: ignore[no-untyped-call]  # untyped in torch
+    copies_ND: Tensor = _Dispatch.apply(x_TD, permutation.token_N, permutation.position_TK)  # type: ignore[no-untyped-call]
     return copies_ND
 
 
@@ -75,7 +75,7 @@ def combine(y_ND: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tenso
 
     The sum runs in the weights' dtype (float32), in the fixed order of the token's choices.
     """
-    output_TD: Tensor = _Combine.apply(
+    output_TD: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]
         y_ND, weights_TK, permutation.token_N, permutation.position_TK, permutation.order_N
     )
     return output_TD

@@ -50,13 +50,14 @@ def upcycle_folder(
     verify_text: Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
-    on_tensor: Callable[[str, int], None] | None = None,
+    track: Callable[[int], Callable[[int], None]] | None = None,
 ) -> UpcycleReport:
     """Write a dense folder as a mixture of experts, one tensor at a time.
 
     With `verify_text` the result is compared with its source before it is committed, in the dtype
     written and, if that is another, in float32, and the comparison goes into `moewright.json`.
-    A `dry_run` writes nothing. `on_tensor` is told each tensor's name and bytes as it is written.
+    A `dry_run` writes nothing. `track(total)` is called once with the bytes to write and returns what is
+    called with the bytes of each tensor written.
 
     Raises `UsageError`, `ModelError`, `DataError` and `ResourceError`; then nothing is left behind.
     """
@@ -76,7 +77,8 @@ def upcycle_folder(
     comparisons: list[Comparison] = []
     with writer:
         writer.write_json("config.json", plan.config_fields())
-        writer.write_tensors(plan.tensors(), on_tensor=on_tensor)
+        advance = track(summary["bytes"]) if track else None
+        writer.write_tensors(plan.tensors(), on_tensor=advance and (lambda _, count: advance(count)))
         writer.copy_companions(source)
         if verify_texts is not None:
             # In float32 too: there only the method can differ, in narrower dtypes also the rounding.

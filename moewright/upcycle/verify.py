@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +43,44 @@ class Comparison:
         return asdict(self)
 
 
-@torch.no_grad()
-def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.dtype, granularity: int) -> Comparison:
-    """Compare two folders on at most 2048 tokens of `texts` (token ids), in windows of 512.
+@dataclass(frozen=True)
+class Reference:
+    """What a dense model says of a text, for sparse models to be compared with."""
 
-    One model is in memory at a time, and the dense model's logits in float32. Raises `DataError` if
-    there are no two tokens.
+    windows: list[Tensor]
+    """Token ids, int64 (S,) each: at most 2048 in all, in windows of at most 512."""
+    logits: list[Tensor]
+    """float32 (S, V) for each window."""
+    dtype: torch.dtype
+    """What the model computed in."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, texts: Sequence[Tensor], *, tokens: int = VERIFY_TOKENS) -> Self:
+        """Ask the dense model; raises `DataError` if there are no two tokens."""
+        windows = _windows(texts, tokens)
+        return cls(windows, [_logits(model, window) for window in windows], model.dtype)
+
+    def compare(self, model: PreTrainedModel, *, granularity: int) -> Comparison:
+        """Compare a sparse model with it."""
+        with _routings(model) as routings:
+            found = [_logits(model, window) for window in self.windows]
+        broken = broken_groups(routings, granularity=granularity)
+        return compare_logits(found, self.logits, self.windows, dtype=self.dtype, broken=broken)
+
+
+def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.dtype, granularity: int) -> Comparison:
+    """Compare two folders on at most 2048 tokens of `texts` (token ids).
+
+    One model is in memory at a time, and the dense model's logits. Raises `DataError` as `Reference.of`.
     """
-    windows = _windows(texts)
-    model = load_model(dense, dtype=dtype)
-    wanted = [_logits(model, window) for window in windows]
-    model = load_model(sparse, dtype=dtype)
-    with _routings(model) as routings:
-        found = [_logits(model, window) for window in windows]
+    reference = Reference.of(load_model(dense, dtype=dtype), texts)
+    return reference.compare(load_model(sparse, dtype=dtype), granularity=granularity)
+
+
+def compare_logits(
+    found: Sequence[Tensor], wanted: Sequence[Tensor], windows: Sequence[Tensor], *, dtype: torch.dtype, broken: float
+) -> Comparison:
+    """Compare two models' logits, (S, V) for each window of token ids (S,)."""
     largest = total = scale = 0.0
     agree = count = 0
     for a, b in zip(found, wanted, strict=True):
@@ -74,7 +99,7 @@ def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.
         top1_agreement=agree / count,
         dense_perplexity=_perplexity(wanted, windows),
         sparse_perplexity=_perplexity(found, windows),
-        broken_groups=broken_groups(routings, granularity=granularity),
+        broken_groups=broken,
     )
 
 
@@ -90,18 +115,19 @@ def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
     return broken / rows
 
 
-def _windows(texts: Sequence[Tensor]) -> list[Tensor]:
-    windows, tokens = [], 0
+def _windows(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
+    windows, taken = [], 0
     for text in texts:
-        for window in text[: VERIFY_TOKENS - tokens].split(VERIFY_WINDOW):
+        for window in text[: tokens - taken].split(VERIFY_WINDOW):
             if len(window) > 1:
                 windows.append(window)
-                tokens += len(window)
+                taken += len(window)
     if not windows:
         raise DataError("no text of at least two tokens to compare on: give longer text")
     return windows
 
 
+@torch.no_grad()
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0].float()
     return logits

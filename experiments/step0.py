@@ -1,0 +1,160 @@
+"""What upcycling changes before any training: SmolLM2-135M on real text, by granularity, order, scale and dtype.
+
+    python experiments/step0.py             # measure, write results/step0.json, renew the tables of docs/upcycling.md
+    python experiments/step0.py --tables    # renew the tables only
+
+Needs the demo's model (`make setup` installs it). The text is `argparse.py` of this Python's standard
+library (the first 1024 tokens); calibration is on `configparser.py`.
+"""
+
+import argparse
+import configparser
+import json
+import platform
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+from moewright.backbone.folder import fill, load_model
+from moewright.demo.model import write_smollm2
+from moewright.evaluate.perplexity import tokenise
+from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.plan import plan_upcycle
+from moewright.upcycle.verify import Reference, compare_logits
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "step0.json"
+PAGE = HERE.parent / "docs" / "upcycling.md"
+TOKENS = 1024
+EXPANSION = 4
+
+EXACT = [
+    {"granularity": granularity, "top_k": groups * granularity, "scale": "exact"}
+    for granularity in (1, 2, 4)
+    for groups in (1, 2)
+]
+TOPK_FIRST = [
+    {"granularity": 4, "top_k": 4, "scale": scale, "router_order": "topk-softmax"}
+    for scale in ("exact", "uniform", "none")
+]
+SOFTMAX_FIRST = [
+    {"granularity": granularity, "top_k": top_k, "scale": scale, "router_std": std, "calibrate_on": text}
+    for granularity, top_k in ((1, 1), (1, 2), (4, 4))
+    for std in (None, 0.02)
+    for scale, text in (("none", None), ("uniform", None), ("calibrated", None), ("calibrated", "configparser.py"))
+]
+
+
+def measure() -> dict[str, object]:
+    """Every row of the tables, by table."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_smollm2(Path(folder) / "dense")
+        references = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            model = load_model(source, dtype=dtype)
+            (ids,) = tokenise(source, [argparse.__file__], vocabulary=model.config.vocab_size)
+            references[dtype] = Reference.of(model, [ids], tokens=TOKENS)
+        calibration = tokenise(source, [configparser.__file__], vocabulary=model.config.vocab_size)
+        del model
+
+        def row(settings: dict[str, object], dtype: torch.dtype = torch.float32) -> dict[str, object]:
+            options = {"router_order": "topk-softmax", "router_std": None} | settings
+            calibrate_on = options.pop("calibrate_on", None)
+            config = UpcycleConfig(experts=EXPANSION * options["granularity"], **options)
+            plan = plan_upcycle(source, config, dtype=dtype, calibration_texts=calibration if calibrate_on else None)
+            fill(plan.model, plan.twin, plan.tensor)
+            comparison = references[dtype].compare(plan.model, granularity=config.granularity)
+            found = {"settings": asdict(plan.config), "calibrate_on": calibrate_on} | asdict(comparison)
+            sys.stderr.write(f"{found}\n")
+            return found
+
+        exact, rounded = references[torch.float32], references[torch.bfloat16]
+        rounding = compare_logits(rounded.logits, exact.logits, exact.windows, dtype=torch.bfloat16, broken=0.0)
+        return {
+            "exact": [row(settings) for settings in EXACT],
+            "topk_first": [row(settings) for settings in TOPK_FIRST],
+            "softmax_first": [row({"router_order": "softmax-topk"} | settings) for settings in SOFTMAX_FIRST],
+            "bfloat16": [row(settings, torch.bfloat16) for settings in EXACT],
+            "bfloat16_itself": asdict(rounding),
+        }
+
+
+def tables(result: dict[str, object]) -> dict[str, str]:
+    """The tables of the page, in Markdown, by name."""
+    columns = {
+        "G": lambda r: r["settings"]["granularity"],
+        "T": lambda r: r["settings"]["top_k"],
+        "scale": lambda r: r["settings"]["scale"] + (" on text" if r["calibrate_on"] else ""),
+        "router std": lambda r: f"{r['settings']['router_std']:.4f}",
+        "relative logit difference": lambda r: f"{r['relative_logit_difference']:.1e}",
+        "mean logit difference": lambda r: f"{r['mean_logit_difference']:.1e}",
+        "same first token": lambda r: f"{r['top1_agreement']:.1%}",
+        "broken groups": lambda r: f"{r['broken_groups']:.2%}",
+        "perplexity": lambda r: f"{r['sparse_perplexity']:.3f}",
+    }
+    measured = ("relative logit difference", "mean logit difference", "same first token", "perplexity")
+
+    def table(rows: list[dict[str, object]], *names: str) -> str:
+        lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
+        lines += ["| " + " | ".join(str(columns[name](row)) for name in names) + " |" for row in rows]
+        return "\n".join(lines)
+
+    rounding, made = result["bfloat16_itself"], result["made"]
+    dense = result["exact"][0]["dense_perplexity"]
+    circumstances = (
+        f"SmolLM2-135M-Instruct, {result['exact'][0]['tokens']} tokens of `argparse.py`, N/G = {EXPANSION}, all "
+        f"30 layers; the dense model's perplexity is {dense:.3f}. "
+        f"{made['versions']}, {made['machine']}, {made['date']}."
+    )
+    bfloat16 = (
+        f"The dense model itself in bfloat16, against float32: relative logit difference "
+        f"{rounding['relative_logit_difference']:.1e}, mean {rounding['mean_logit_difference']:.1e}, same first token "
+        f"{rounding['top1_agreement']:.1%}, perplexity {rounding['sparse_perplexity']:.3f}."
+    )
+    return {
+        "circumstances": circumstances,
+        "exact": table(result["exact"], "G", "T", *measured),
+        "topk_first": table(result["topk_first"], "G", "T", "scale", *measured),
+        "softmax_first": table(result["softmax_first"], "G", "T", "scale", "router std", *measured),
+        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:3], "broken groups", "perplexity")
+        + "\n\n"
+        + bfloat16,
+    }
+
+
+def renew(page: str, result: dict[str, object]) -> str:
+    """The page with each part between `<!-- step0 NAME -->` and `<!-- end -->` made anew."""
+    for name, text in tables(result).items():
+        start, end = f"<!-- step0 {name} -->", "<!-- end -->"
+        head, found, rest = page.partition(start)
+        if not found:
+            raise SystemExit(f"{PAGE} has no place for the table {name}: put {start} and {end} there")
+        page = f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", action="store_true", help="renew the tables from the results that are there")
+    if not parser.parse_args().tables:
+        versions = (
+            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+        )
+        made = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "versions": versions,
+        }
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps({"made": made} | measure(), indent=1) + "\n", encoding="utf-8")
+    page = renew(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8")))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Files of text to a dataset of documents: checked, memory-mapped, and without network.
+
+Suffixes: `.jsonl`, `.ndjson` and `.json` hold one JSON object a line, `.parquet` a table; any other
+file is one document of UTF-8 text.
+"""
+
+import glob
+import json
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from moewright.errors import DataError
+
+FEATURES: Final = datasets.Features({"text": datasets.Value("large_string"), "source": datasets.Value("string")})
+
+
+def read_documents(files: Sequence[str], *, field: str = "text", cache_dir: Path) -> datasets.Dataset:
+    """Every document of `files` (paths or glob patterns), in the order of the sorted paths.
+
+    Returns a dataset with the columns `text` and `source` (the file's path), memory-mapped from a
+    file below `cache_dir`, which the caller removes. Documents without a visible character are left out.
+
+    Raises DataError: a pattern that matches nothing, a missing or unreadable file, text that is not
+    UTF-8 (with the offset of the first bad byte), a broken JSON line, a missing field, no text at all.
+    """
+    paths = expand(files)
+
+    def generate() -> Iterator[dict[str, str]]:
+        empty = True
+        for path in paths:
+            for text in texts_of(path, field):
+                if text.strip():
+                    yield {"text": text, "source": str(path)}
+                    empty = False
+        if empty:
+            raise DataError(f"no text in {len(paths)} files ({', '.join(files)}): name files with a document in them")
+
+    # The name is new each time: a cache that is never reused cannot be older than the files.
+    with _without_progress_bars(), _plain_errors():
+        return datasets.Dataset.from_generator(
+            generate, features=FEATURES, cache_dir=str(cache_dir), fingerprint=uuid.uuid4().hex
+        )
+
+
+def expand(files: Sequence[str]) -> list[Path]:
+    """The files that `files` names, each once: patterns in the order given, the matches of each sorted.
+
+    Raises DataError for a pattern or a path that names no file.
+    """
+    found: dict[Path, None] = {}
+    for pattern in files:
+        if Path(pattern).is_dir():
+            raise DataError(f"{pattern} is a folder: name its files, for example {Path(pattern) / '**' / '*.txt'}")
+        # A path that exists is itself, whatever brackets are in its name. Not Path.glob, which takes hidden
+        # files and refuses absolute patterns.
+        named = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+        matches = [Path(name) for name in named if Path(name).is_file()]
+        if not matches:
+            what = "the pattern matches no file" if glob.has_magic(pattern) else "there is no such file"
+            raise DataError(f"{pattern}: {what}")
+        found |= dict.fromkeys(matches)
+    return list(found)
+
+
+def texts_of(path: Path, field: str = "text") -> Iterator[str]:
+    """The documents of one file, in order; DataError as `read_documents`."""
+    readers: dict[str, Callable[[Path, str], Iterator[str]]] = {
+        ".jsonl": _read_json_lines,
+        ".ndjson": _read_json_lines,
+        ".json": _read_json_lines,
+        ".parquet": _read_parquet,
+    }
+    try:
+        yield from readers.get(path.suffix.lower(), _read_text)(path, field)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_text(path: Path, field: str) -> Iterator[str]:
+    yield _decode(path.read_bytes(), path)
+
+
+def _read_json_lines(path: Path, field: str) -> Iterator[str]:
+    offset = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = _decode(raw, path, offset=offset)
+            offset += len(raw)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error.msg}): one object a line is expected") from error
+            if not isinstance(value, dict):
+                raise DataError(f"{path}:{number}: a JSON {type(value).__name__}, where an object is expected")
+            if field not in value:
+                raise DataError(f"{path}:{number}: no field {field!r}; it has {_names(value)}: set data.text_field")
+            yield _text(value[field], f"{path}:{number}", field)
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                raise DataError(f"{path}: no column {field!r}; it has {_names(names)}: set data.text_field")
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for value in batch.column(0):
+                    yield _text(value.as_py(), f"{path}, row {row}", field)
+                    row += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({str(error).splitlines()[0]})") from error
+
+
+def _text(value: object, where: str, field: str) -> str:
+    if not isinstance(value, str):
+        found = "null" if value is None else type(value).__name__
+        raise DataError(f"{where}: field {field!r} is {found}, where text is expected")
+    return value
+
+
+def _decode(raw: bytes, path: Path, *, offset: int = 0) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = offset + error.start
+        raise DataError(f"{path}: not UTF-8 at byte {place} (0x{raw[error.start]:02x}): convert the file") from error
+
+
+def _names(names: Sequence[str] | dict[str, object]) -> str:
+    return ", ".join(repr(name) for name in list(names)[:5]) or "none"
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Give the generator's own error back: datasets wraps whatever it raises."""
+    try:
+        yield
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise

@@ -1,0 +1,1 @@
+"""The project's story on a real model that a package carries."""

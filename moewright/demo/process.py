@@ -1,0 +1,51 @@
+"""A verb of the command line in a process of its own, so that its memory can be measured."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moewright.errors import MoewrightError
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a process printed, and what it took."""
+
+    facts: dict[str, Any]
+    """The JSON object it printed."""
+    seconds: float
+    peak_memory_bytes: int
+    """Its largest resident set."""
+
+
+def run_verb(*arguments: str) -> Finished:
+    """Run `moewright ARGUMENTS --json`; its progress and messages go to our standard error."""
+    return run_python(["-m", "moewright", *arguments, "--json"], what=f"moewright {arguments[0]}")
+
+
+def run_python(arguments: Sequence[str], *, what: str) -> Finished:
+    """Run this Python with `arguments`, and read the JSON object that it prints.
+
+    Raises `MoewrightError` if it fails; what it said has then been shown.
+    """
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        output = process.stdout.read()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stdout.close()
+    if process.returncode:
+        raise MoewrightError(f"{what} ended with code {process.returncode}; its message is above")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Finished(json.loads(output), time.perf_counter() - start, usage.ru_maxrss * unit)

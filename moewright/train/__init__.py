@@ -1,0 +1,1 @@
+"""Training: config, schedule, optim, metrics, console, start, resume, loop."""

@@ -1,0 +1,196 @@
+"""The run file: one tree of frozen dataclasses, a sentence under every field.
+
+Each room owns its part; this file owns `[train]` and `[moe]`, composes the tree, and reads it.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from moewright.data.config import DataConfig
+from moewright.errors import UsageError
+from moewright.train.schedule import Schedule
+from moewright.train.tree import build, merge_overrides
+from moewright.upcycle.config import UpcycleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESettings:
+    """The `[moe]` table: how the mixture-of-experts layers of the model are trained."""
+
+    balance_loss: float = 0.01
+    """Coefficient of the load-balancing loss of Switch Transformers, in each layer."""
+
+    z_loss: float = 0.0
+    """Coefficient of the router z-loss of ST-MoE, in each layer."""
+
+    kernel: str = "grouped"
+    """Which expert product computes the layers, by its name in `moewright.moe.kernels`."""
+
+    def __post_init__(self) -> None:
+        for name in ("balance_loss", "z_loss"):
+            _at_least(f"moe.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The `[train]` table."""
+
+    steps: int
+    """How many optimiser steps the run makes."""
+
+    batch_size: int | None = None
+    """Sequences per optimiser step, over all ranks; give this or `batch_tokens`."""
+
+    batch_tokens: int | None = None
+    """Tokens per optimiser step, over all ranks: a multiple of `data.sequence_length`."""
+
+    micro_batch_size: int = 1
+    """Sequences per forward pass; gradients are added up until the step's batch is complete."""
+
+    learning_rate: float = 1e-4
+    """The peak, reached at the end of the warm-up."""
+
+    min_learning_rate_ratio: float = 0.1
+    """Where cosine and wsd end, as a share of the peak."""
+
+    schedule: Schedule = "cosine"
+    """The learning rate after the warm-up: down a cosine, constant, or constant with a linear decay at the end."""
+
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises in a line from 0."""
+
+    decay_steps: int = 0
+    """Steps of the decay at the end; for the schedule wsd only."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What activations are computed in; parameters, gradients, moments and losses are float32 either way."""
+
+    weight_decay: float = 0.1
+    """AdamW's decoupled decay, on matrices only."""
+
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+
+    clip_norm: float = 1.0
+    """The norm that the whole gradient is scaled down to when it is larger; 0 leaves it as it is."""
+
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    seed: int = 0
+    """Fixes the order of the data, the held-out documents, and every random number of the run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes a GPU when there is one."""
+
+    eval_every: int = 0
+    """Steps between evaluations on held-out text; 0 evaluates before the first and after the last step only."""
+
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves only when the run is asked to stop."""
+
+    keep_checkpoints: int = 2
+    """How many checkpoints are kept, the newest first."""
+
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too (extra `track`)."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch_size", "keep_checkpoints", "batch_size", "batch_tokens"):
+            if getattr(self, name) is not None:
+                _at_least(f"train.{name}", getattr(self, name), 1)
+        counts = ("warmup_steps", "decay_steps", "eval_every", "checkpoint_every", "seed")
+        for name in (*counts, "weight_decay", "clip_norm"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.learning_rate <= 0:
+            raise UsageError(f"train.learning_rate = {self.learning_rate}: it must be more than 0")
+        if not 0 <= self.min_learning_rate_ratio <= 1:
+            raise UsageError(f"train.min_learning_rate_ratio = {self.min_learning_rate_ratio}: it must be 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"train.{name} = {getattr(self, name)}: it must be 0 or more and less than 1")
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            found = "neither is" if self.batch_size is None else "both are"
+            raise UsageError(f"train.batch_size and train.batch_tokens: {found} set; set one of the two")
+        if self.schedule == "wsd" and self.decay_steps == 0:
+            raise UsageError("train.schedule = wsd needs train.decay_steps, the length of its decay")
+        if self.schedule != "wsd" and self.decay_steps > 0:
+            raise UsageError(f"train.decay_steps is for schedule = wsd only, found {self.schedule}: leave it out")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise UsageError(
+                f"train.warmup_steps + train.decay_steps = {self.warmup_steps + self.decay_steps} "
+                f"> train.steps = {self.steps}: make the run longer or these shorter"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a training run is defined by; relative paths are relative to the current directory."""
+
+    model: str
+    """A folder with a dense or a sparse model."""
+
+    out: str
+    """The run's folder: its configuration, metrics, checkpoints, and in `final` the trained model."""
+
+    upcycle: UpcycleConfig | None = None
+    """When given, the dense model becomes a mixture of experts in memory before training."""
+
+    data: DataConfig
+    """The text."""
+
+    moe: MoESettings = field(default_factory=MoESettings)
+    """The mixture-of-experts layers."""
+
+    train: TrainConfig
+    """The training."""
+
+    def __post_init__(self) -> None:
+        S, tokens = self.data.sequence_length, self.train.batch_tokens
+        if tokens is not None and tokens % S:
+            raise UsageError(f"train.batch_tokens = {tokens} is not a multiple of data.sequence_length = {S}")
+        if self.batch_rows % self.train.micro_batch_size:
+            raise UsageError(
+                f"train.micro_batch_size = {self.train.micro_batch_size} does not divide the batch of "
+                f"{self.batch_rows} sequences: choose a divisor"
+            )
+        for name in ("model", "out"):
+            if not getattr(self, name):
+                raise UsageError(f"{name} is empty: name a folder")
+        if Path(self.out).resolve() == Path(self.model).resolve():
+            raise UsageError(f"out = {self.out} is the model's own folder: name another one")
+
+    @property
+    def batch_rows(self) -> int:
+        """B, the number of sequences per optimiser step."""
+        if self.train.batch_size is not None:
+            return self.train.batch_size
+        assert self.train.batch_tokens is not None
+        return self.train.batch_tokens // self.data.sequence_length
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the run file at `path`, put `overrides` (`--section.key value`, ...) into it, and check the result.
+
+    Raises UsageError: no such file, not TOML, an unknown key, a wrong type or value.
+    """
+    try:
+        mapping = tomllib.loads(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}): name a run file in TOML") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 at byte {error.start}: a run file is TOML") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not TOML: {error}") from error
+    return build(RunConfig, merge_overrides(mapping, overrides), source=str(path))
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if value < least:
+        raise UsageError(f"{name} = {value}: it must be at least {least}")

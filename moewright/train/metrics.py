@@ -1,0 +1,146 @@
+"""What a run reports: JSON lines that survive a crash, the load of the experts, and TensorBoard."""
+
+import importlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from moewright.errors import UsageError
+from moewright.moe.layer import MoELayer
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`, on disk as soon as it is written.
+
+    On opening, lines after step `after` are dropped, and so is a line that a crash cut short: they
+    belong to steps that are made again.
+    """
+
+    def __init__(self, path: Path, *, after: int) -> None:
+        kept = [line for line in read_json_lines(path) if line["step"] <= after]
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        self.steps = {line["step"] for line in kept}
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append `record`, which has a `step`."""
+        self._file.write(_line(record))
+        self._file.flush()
+        self.steps.add(record["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file that `JsonLines` wrote; none when there is no such file."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # what follows the last line end was cut short
+    return [json.loads(line) for line in lines]
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+class RoutingTally:
+    """The routing of one optimiser step, added up over its micro-batches, kept on the device.
+
+    A layer's statistics are those of its last forward pass, so `add` stands after each forward pass.
+    """
+
+    def __init__(self, layers: Mapping[int, MoELayer]) -> None:
+        self.layers = layers
+        self.counts: dict[int, Tensor] = {}
+        self.losses: dict[int, Tensor] = {}
+
+    def add(self, share: float) -> None:
+        """Count the last forward pass, which read `share` of the step's real tokens."""
+        for number, layer in self.layers.items():
+            stats = layer.stats
+            counts = stats.tokens_per_expert.clone()
+            losses = share * torch.stack([stats.balance_loss, stats.z_loss, stats.entropy])
+            self.counts[number] = self.counts[number] + counts if number in self.counts else counts
+            self.losses[number] = self.losses[number] + losses if number in self.losses else losses
+
+    def record(self) -> dict[str, Any]:
+        """For `metrics.jsonl`: losses as means over the layers, the load of each layer; empty for a dense model.
+
+        `load` has a list for each of `moe_layers`: the share of the assignments that each expert received.
+        `load_imbalance` is that of the worst layer: the load of its busiest expert over the mean load.
+        """
+        if not self.layers:
+            return {}
+        balance, z, entropy = torch.stack(list(self.losses.values())).mean(dim=0).tolist()
+        counts = {number: counts.double().cpu() for number, counts in self.counts.items()}
+        return {
+            "balance_loss": balance,
+            "z_loss": z,
+            "router_entropy": entropy,
+            "load_imbalance": max(float(c.max() / c.mean()) for c in counts.values()),
+            "moe_layers": list(counts),
+            "load": [[round(share, 6) for share in (c / c.sum()).tolist()] for c in counts.values()],
+        }
+
+
+def require_tensorboard() -> None:
+    """UsageError, with what to install, when the extra `track` is missing."""
+    try:
+        importlib.import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        raise UsageError(
+            "train.tensorboard = true needs TensorBoard: pip install 'moewright[track]', or set it to false"
+        ) from error
+
+
+class Board:
+    """The same metrics for TensorBoard, in `folder`; what it has of steps after `after` is hidden."""
+
+    def __init__(self, folder: Path, *, after: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=after + 1)
+
+    def write(self, record: Mapping[str, Any], *, group: str) -> None:
+        """Every number of `record` as a scalar below `group`."""
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(f"{group}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        self._writer.close()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on a GPU, else the most that this process held in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def throughput(records: Iterable[Mapping[str, Any]]) -> float:
+    """Real tokens per second over the steps of `records`; 0 when there are none."""
+    steps = list(records)
+    seconds = sum(record["seconds"] for record in steps)
+    return sum(record["step_tokens"] for record in steps) / seconds if seconds else 0.0

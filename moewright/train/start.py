@@ -1,0 +1,122 @@
+"""What a run starts from: its model, its rows of tokens, and the content that identifies both."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moewright.backbone.folder import load_model, twin_of
+from moewright.backbone.graft import set_losses
+from moewright.checkpoint.read import ModelFolder
+from moewright.data.config import DataConfig
+from moewright.data.documents import read_documents
+from moewright.data.pack import PackedRows, pack
+from moewright.data.tokenizer import load_tokenizer
+from moewright.errors import UsageError
+from moewright.moe.kernels import kernel_named
+from moewright.train.config import RunConfig
+from moewright.upcycle.apply import upcycle_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A run before its first step."""
+
+    model: PreTrainedModel
+    """float32, on the run's device, in training mode."""
+    rows: PackedRows
+    """What it learns from."""
+    held_out: PackedRows | None
+    """What it is evaluated on, if anything."""
+    record: dict[str, Any]
+    """Where a sparse model comes from, for the `moewright.json` of the trained one."""
+    content: dict[str, str]
+    """sha256 of the model folder and of both sets of rows, by the name of the setting that chose them."""
+
+
+def start(config: RunConfig, *, cache_dir: Path) -> Start:
+    """Load, and upcycle if asked, the model; read and pack the text, with its temporary files in `cache_dir`.
+
+    Raises UsageError, ModelError and DataError for all that can be wrong with either.
+    """
+    kernel_named(config.moe.kernel)
+    device = device_of(config)
+    source = ModelFolder(config.model)
+    if config.upcycle is None:
+        model = load_model(config.model, dtype=torch.float32)
+        record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
+    else:
+        model, record = upcycle_model(config.model, config.upcycle, dtype=torch.float32)
+    moe = config.moe
+    set_losses(model, balance_loss=moe.balance_loss, z_loss=moe.z_loss, kernel=moe.kernel)
+    twin_of(model)  # what cannot be written at the end is refused now
+    if config.train.gradient_checkpointing:
+        recompute_blocks(model)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    rows, held_out = _read_rows(
+        config.data,
+        load_tokenizer(config.model),
+        vocabulary=embedding.num_embeddings,
+        seed=config.train.seed,
+        cache_dir=cache_dir,
+    )
+    content = {
+        "model": source.fingerprint(),
+        "data.files": rows.fingerprint(),
+        "data.eval_files": held_out.fingerprint() if held_out else "",
+    }
+    nn.Module.to(model, device)  # in place; transformers wraps its own `to` in a way that type checkers misread
+    return Start(model=model.train(), rows=rows, held_out=held_out, content=content, record=record)
+
+
+def recompute_blocks(model: PreTrainedModel) -> None:
+    """Have every decoder layer recomputed in the backward pass instead of keeping its activations."""
+    # The first is the name since transformers 5.23 or a little earlier, the second goes away in 6.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where the run trains; UsageError when a GPU is asked for and there is none."""
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device = cuda, but torch finds no GPU: use auto or cpu")
+    if config.train.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.train.device)
+
+
+def _read_rows(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int, seed: int, cache_dir: Path
+) -> tuple[PackedRows, PackedRows | None]:
+    def packed(documents: datasets.Dataset) -> PackedRows:
+        return pack(
+            documents,
+            tokenizer,
+            sequence_length=data.sequence_length,
+            vocabulary=vocabulary,
+            seed=seed,
+            cache_dir=cache_dir,
+        )
+
+    documents = read_documents(data.files, field=data.text_field, cache_dir=cache_dir)
+    if data.eval_files:
+        held_out = read_documents(data.eval_files, field=data.text_field, cache_dir=cache_dir)
+        return packed(documents), packed(held_out)
+    if not data.eval_fraction:
+        return packed(documents), None
+    if len(documents) < 2:
+        warnings.warn(
+            f"data.eval_fraction = {data.eval_fraction} is ignored: one document cannot be split; set data.eval_files",
+            stacklevel=2,
+        )
+        return packed(documents), None
+    count = min(max(1, round(data.eval_fraction * len(documents))), len(documents) - 1)
+    order = np.random.default_rng([seed, len(documents)]).permutation(len(documents))
+    return packed(documents.select(np.sort(order[count:]))), packed(documents.select(np.sort(order[:count])))
