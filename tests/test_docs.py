@@ -1,0 +1,83 @@
+"""Pages say what the code and the results say. `python -m tests.test_docs` renews what is generated."""
+
+import ast
+import importlib.util
+import inspect
+import itertools
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from moewright.data import config as data
+from moewright.train import config as train
+from moewright.upcycle import config as upcycle
+
+ROOT = Path(__file__).parents[1]
+TRAINING = ROOT / "docs" / "training.md"
+START, END = "<!-- keys -->", "<!-- end -->"
+TABLES = [
+    ("", train, "RunConfig"),
+    ("upcycle.", upcycle, "UpcycleConfig"),
+    ("data.", data, "DataConfig"),
+    ("moe.", train, "MoESettings"),
+    ("train.", train, "TrainConfig"),
+]
+
+
+def keys() -> str:
+    """Every key of a run file with its default and the sentence under its field, as a Markdown table."""
+    lines = ["| key | default | |", "|---|---|---|"]
+    for prefix, module, name in TABLES:
+        tree = ast.parse(inspect.getsource(module))
+        (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+        for field, sentence in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(sentence, ast.Expr):
+                default = "required" if field.value is None else f"`{ast.unparse(field.value)}`"
+                if "default_factory" in default:
+                    continue  # a table of its own, below
+                text = " ".join(ast.literal_eval(sentence.value).split())
+                lines.append(f"| `{prefix}{field.target.id}` | {default} | {text} |")
+    return "\n".join(lines)
+
+
+def with_keys(page: str) -> str:
+    return re.sub(f"{START}.*?{END}", lambda _: f"{START}\n{keys()}\n{END}", page, flags=re.DOTALL)
+
+
+def experiment(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_page_lists_every_key():
+    page = TRAINING.read_text(encoding="utf-8")
+    assert START in page
+    assert with_keys(page) == page, "run python -m tests.test_docs"
+    assert "train.clip_norm" in page
+
+
+def test_upcycling_page_shows_the_results():
+    step0 = experiment("step0")
+    page, result = step0.PAGE.read_text(encoding="utf-8"), json.loads(step0.RESULT.read_text(encoding="utf-8"))
+    assert step0.renew(page, result) == page, "run python experiments/step0.py --tables"
+    # What the page claims of `exact` holds for every row that was measured.
+    assert max(row["relative_logit_difference"] for row in result["exact"]) <= 1e-5
+    assert {(row["settings"]["granularity"], row["settings"]["top_k"]) for row in result["exact"]} == {
+        (granularity, groups * granularity) for granularity in (1, 2, 4) for groups in (1, 2)
+    }
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+if __name__ == "__main__":
+    TRAINING.write_text(with_keys(TRAINING.read_text(encoding="utf-8")), encoding="utf-8")
