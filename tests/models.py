@@ -12,7 +12,7 @@ END = "<|end|>"
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """A config of two layers, D 32, F 64, 4 heads of 8, 2 KV heads, vocabulary 264."""
+    """A config of two layers, D 32, F 64, 4 heads of 8, 2 KV heads, vocabulary 264; also of sparse types."""
     settings: dict[str, Any] = {
         "vocab_size": 264,
         "hidden_size": 32,

@@ -15,7 +15,7 @@ from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.graft import graft, moe_layers, routing_context, set_losses, ungraft
 from moewright.backbone.twins import choose_twin, split_config, twin_fields
 from moewright.checkpoint.read import ModelFolder
-from moewright.errors import ModelError
+from moewright.errors import ModelError, MoewrightError
 from moewright.moe.config import MoEConfig
 from tests.models import FAMILIES, tiny_config, tiny_model, write_dense
 
@@ -110,7 +110,7 @@ def test_folder_loads_in_a_process_that_never_saw_moewright(tmp_path):
 def test_config_survives_both_ways(twin):
     model_type, order, layers, _ = next(case for case in CASES if case[3] == twin)
     config = tiny_config(model_type)
-    configs = dict.fromkeys(layers, moe_config(router_order=order, balance_loss=0.01))
+    configs = dict.fromkeys(layers, moe_config(router_order=order))
     found, backbone, read = split_config(
         twin_fields(choose_twin(config, configs), config, configs, dtype=torch.float32), backbone=model_type, tied=False
     )
@@ -119,14 +119,23 @@ def test_config_survives_both_ways(twin):
     assert changed <= {"architectures", "dtype", "intermediate_size", "sliding_window"}
 
 
-def test_old_rope_fields_are_read(tmp_path):
-    folder = write_dense(tmp_path / "dense", rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
-    wanted = logits(load_model(folder))
+ROPES = [
+    {"rope_parameters": None, "rope_theta": 500.0},
+    {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 500.0},
+    {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+def test_rope_is_read_as_transformers_reads_it(tmp_path, rope):
+    folder = write_dense(tmp_path / "dense")
+    plain = logits(load_model(folder))
     path = folder / "config.json"
-    fields = json.loads(path.read_text())
-    del fields["rope_parameters"]
-    path.write_text(json.dumps(fields | {"rope_theta": 5000.0}))
-    assert torch.equal(logits(load_model(folder)), wanted)
+    path.write_text(json.dumps(json.loads(path.read_text()) | rope))
+    ours = logits(load_model(folder))
+    assert torch.equal(ours, logits(AutoModelForCausalLM.from_pretrained(folder)))
+    assert relative(ours, plain) > 1e-3
 
 
 def test_written_config_says_old_and_new_fields_alike():
@@ -264,3 +273,136 @@ def test_unequal_shared_experts_are_refused(tmp_path):
     fields = ModelFolder(folder).config | {"shared_expert_intermediate_size": 5632}
     with pytest.raises(ModelError, match="shared experts are not supported yet"):
         split_config(fields, backbone=None, tied=False)
+
+
+FOREIGN = [
+    ("mixtral", {"num_local_experts": 4, "intermediate_size": 16, "num_experts_per_tok": 2}),
+    ("mixtral", {"num_local_experts": 4, "intermediate_size": 16, "num_experts_per_tok": 2, "sliding_window": 6}),
+    ("mixtral", {"num_local_experts": 4, "intermediate_size": 16, "head_dim": None, "tie_word_embeddings": True}),
+    ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "decoder_sparse_step": 2}),
+    ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2, "mlp_only_layers": [0]}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), FOREIGN)
+def test_sparse_folders_made_by_transformers_are_read(tmp_path, model_type, changes):
+    theirs = tiny_model(model_type, **changes)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert relative(logits(ours), logits(theirs)) < 1e-5
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == theirs.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shared_expert_intermediate_size": 32}, "shared experts are not supported yet"),
+        ({"shared_expert_intermediate_size": 64}, "shared experts like these are not supported yet"),
+        ({"shared_expert_intermediate_size": 64, "qkv_bias": False}, "qkv_bias=false"),
+    ],
+)
+def test_what_qwen2_moe_folders_hold_besides_is_refused(tmp_path, changes, words):
+    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    tiny_model("qwen2_moe", **(sizes | changes)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ModelError, match=words):
+        load_model(tmp_path / "theirs")
+
+
+def test_a_tied_folder_with_a_head_of_its_own_is_read_as_transformers_reads_it(tmp_path):
+    folder = write_dense(tmp_path / "dense")
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.warns(UserWarning, match="loaded untied"):
+        ours = load_model(folder)
+    assert torch.equal(logits(ours), logits(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def test_grafting_twice_keeps_one_record_and_one_hook():
+    model = tiny_model("llama", num_hidden_layers=3)
+    wanted = logits(model)
+    first = graft(model, {0: moe_config()})
+    second = graft(model, {2: moe_config()})
+    assert len({id(layer.context) for layer in moe_layers(model).values()}) == 1
+    mask = torch.ones_like(INPUT, dtype=torch.bool)
+    mask[:, 10:] = False
+    logits(model, token_mask=mask)
+    assert {int(layer.stats.tokens_per_expert.sum()) for layer in moe_layers(model).values()} == {2 * int(mask.sum())}
+    ungraft(model, first)
+    logits(model, token_mask=mask)
+    ungraft(model, second)
+    assert torch.equal(logits(model), wanted)
+
+
+def test_the_model_inside_hears_of_the_mask_too():
+    model = sparse_model("llama")
+    mask = torch.ones_like(INPUT)
+    mask[0, :7] = 0
+    logits(model, attention_mask=mask)
+    with torch.no_grad():
+        model.model(input_ids=INPUT[:, :5], use_cache=False)
+        assert moe_layers(model)[0].stats.tokens_per_expert.sum() == INPUT[:, :5].numel() * 2
+        model.forward(input_ids=INPUT, attention_mask=mask, use_cache=False)
+    assert moe_layers(model)[0].stats.tokens_per_expert.sum() == mask.sum() * 2
+
+
+def test_save_pretrained_of_a_grafted_model_is_refused(tmp_path):
+    model = tiny_model("llama")
+    taken = graft(model, {0: moe_config()})
+    with pytest.raises(ModelError, match="save_model"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    ungraft(model, taken)
+    model.save_pretrained(tmp_path / "out")
+
+
+def test_generation_settings_come_along(tmp_path):
+    folder = write_dense(tmp_path / "dense")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256, 10], "do_sample": true}')
+    assert load_model(folder).generation_config.eos_token_id == [256, 10]
+
+
+BAD_FIELDS = [
+    {"hidden_size": "abc"},
+    {"num_attention_heads": 0},
+    {"num_attention_heads": 5},
+    {"vocab_size": -5},
+    {"vocab_size": None},
+    {"vocab_size": 10**12},
+    {"hidden_size": 10**9},
+    {"num_hidden_layers": 10**6},
+    {"hidden_act": "nonsense"},
+    {"rope_parameters": {"rope_type": "foo"}},
+    {"eos_token_id": "x"},
+    {"model_type": ["llama"]},
+]
+
+
+@pytest.mark.parametrize("fields", BAD_FIELDS, ids=str)
+def test_senseless_configs_are_refused_in_one_line(tmp_path, fields):
+    folder = write_dense(tmp_path / "dense")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ModelError) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_local_experts": "4"},
+        {"num_local_experts": True},
+        {"num_experts_per_tok": 0},
+        {"num_experts_per_tok": 9},
+        {"intermediate_size": None},
+        {"router_jitter_noise": 0.1},
+    ],
+    ids=str,
+)
+def test_senseless_sparse_configs_are_refused(tmp_path, fields):
+    folder = save_model(sparse_model("llama"), tmp_path / "moe", companions=write_dense(tmp_path / "dense"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(MoewrightError):
+        load_model(folder)

@@ -79,12 +79,12 @@ def test_split_is_by_module_and_fixed_by_the_seed(tmp_path):
 
 
 def test_verdict_says_when_the_mixture_loses_and_when_the_gap_is_noise():
-    rows = [{"perplexity": perplexity, "standard_error": 0.5} for perplexity in (10.0, 8.0, 10.0, 9.0)]
-    found = SimpleNamespace(steps=3, rows=rows)
-    assert "1.000 higher than" in verdict(found)
+    rows = [{"perplexity": perplexity} for perplexity in (10.0, 8.0, 10.0, 9.0)]
+    found = SimpleNamespace(steps=3, rows=rows, gap=(0.118, 0.01))
+    assert "9.000, higher than" in verdict(found)
     assert "does not rank" not in verdict(found)
-    rows[3]["perplexity"] = 7.8
-    assert "0.200 lower than" in verdict(found)
+    rows[3]["perplexity"], found.gap = 7.8, (-0.025, 0.02)
+    assert "7.800, lower than" in verdict(found)
     assert "does not rank" in verdict(found)
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moewright.errors import ModelError
+from moewright.moe.experts import ACTIVATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ FAMILIES: Final = {
 }
 
 LEGACY_ROPE: Final = ("rope_theta", "rope_scaling")
-"""Where configs before transformers 5 keep what is now `rope_parameters`."""
+"""Where configs before transformers 5 keep what is now `rope_parameters`; transformers decides which wins."""
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -69,18 +71,16 @@ def backbone_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     switch on code that we did not ask for. Raises `ModelError` for a family that is not in the table.
     """
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(f"model_type={model_type!r} is not supported; the dense families are {', '.join(FAMILIES)}")
     config_class = CONFIG_MAPPING[model_type]
-    known = set(config_class().to_dict()) - {"transformers_version"}
-    if "rope_parameters" not in fields:
-        known |= set(LEGACY_ROPE)
-    try:
-        config = config_class.from_dict({key: value for key, value in fields.items() if key in known})
-    except (TypeError, ValueError, KeyError) as error:
+    known = {*config_class().to_dict(), *LEGACY_ROPE} - {"transformers_version"}
+    with _config_errors(model_type):
+        config: PreTrainedConfig = config_class.from_dict({k: v for k, v in fields.items() if k in known})
+    if config.hidden_act not in ACTIVATIONS:
         raise ModelError(
-            f"config.json of type {model_type}: {_first_line(error)}; compare it with the original"
-        ) from error
+            f"hidden_act={config.hidden_act!r} is not supported; it can be {', '.join(sorted(ACTIVATIONS))}"
+        )
     family = FAMILIES[model_type]
     for key in family.biases:
         if getattr(config, key, False):
@@ -88,8 +88,16 @@ def backbone_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+@contextmanager
+def _config_errors(model_type: str) -> Iterator[None]:
+    """Turn what transformers raises for a config that makes no sense into `ModelError`."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ModelError(
+            f"config.json of type {model_type} makes no model ({why}); compare it with the original"
+        ) from error
 
 
 @contextmanager
@@ -114,7 +122,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def empty_model(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     """The dense transformers model of a config: parameters on meta, buffers on CPU, embeddings tied."""
-    with _parameters_on_meta():
+    with _config_errors(config.model_type), _parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     model.eval()

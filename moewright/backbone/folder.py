@@ -8,11 +8,11 @@ which dense family it was, and whether its embeddings were tied.
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moewright import __version__
 from moewright.backbone.family import backbone_config, empty_model, materialise
@@ -24,6 +24,8 @@ from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter
 from moewright.errors import ModelError
 
+GENERATION: Final = "generation_config.json"
+
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a dense or a sparse folder on CPU, in evaluation mode, in its own dtype or the given one.
@@ -34,40 +36,49 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrai
     folder = ModelFolder(path)
     model, twin = empty_model_of(folder, dtype=dtype)
     fill(model, twin, lambda slot: folder.read(slot.name))
+    if (folder.path / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder.path), local_files_only=True)
     return model
 
 
 def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Twin | None]:
-    """The model that a folder holds with its parameters on meta, and the twin that its layout is; names are checked."""
+    """The model that a folder holds with its parameters on meta, and the twin that its layout is.
+
+    Names, shapes and what must be constant are checked. Raises `ModelError`.
+    """
     dtype = dtype or folder.dtype()
     twin: Twin | None = None
     if is_sparse(folder.config):
         record = folder.record or {}
-        tied = bool(record.get("tie_word_embeddings", False)) and _embeddings_equal(folder)
+        tied = _are_tied(
+            folder, said=record.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False))
+        )
         twin, config, layers = split_config(folder.config, backbone=record.get("backbone"), tied=tied)
+        _require_plausible(folder, config)
         model = empty_model(config, dtype=dtype)
         graft(model, layers)
     else:
-        model = empty_model(backbone_config(folder.config), dtype=dtype)
+        config = backbone_config(folder.config)
+        config.tie_word_embeddings = _are_tied(folder, said=config.tie_word_embeddings)
+        _require_plausible(folder, config)
+        model = empty_model(config, dtype=dtype)
     found = slots(model, twin)
-    # Rotary frequencies that old versions stored are computed now, and a tied head may be stored too.
+    # Rotary frequencies that old versions stored are computed now; a tied head may be stored or not.
     unused = [name for name in folder.tensors if name.endswith("rotary_emb.inv_freq")]
-    unused += [HEAD] if twin is None and model.config.tie_word_embeddings else []
+    unused += [HEAD] if config.tie_word_embeddings else []
     folder.check({slot.name: slot.shape for slot in found}, optional=unused)
+    for slot in found:
+        if slot.must_match and not bool((folder.read(slot.name) == slot.fill).all()):
+            raise ModelError(f"{folder.path}: {slot.name} is not {slot.fill:g} everywhere; {_why_constant(folder)}")
     return model, twin
 
 
 def fill(model: PreTrainedModel, twin: Twin | None, make: Callable[[Slot], Tensor]) -> None:
-    """Give a model on meta its memory, and each slot of its layout the tensor that `make` returns for it.
-
-    Raises `ModelError` if a tensor that must be constant is not: dropping it would change the model.
-    """
+    """Give a model on meta its memory, and each slot of its layout the tensor that `make` returns for it."""
     materialise(model)
     with torch.no_grad():
         for slot in slots(model, twin):
-            if slot.part == "constant":
-                _require_constant(slot, make)
-            elif slot.part != "tied":
+            if slot.part not in ("constant", "tied"):
                 slot.view(model).copy_(make(slot))
 
 
@@ -130,23 +141,43 @@ def _lazy(model: PreTrainedModel, slot: Slot) -> LazyTensor:
     return LazyTensor(slot.shape, dtype, make)
 
 
-def _require_constant(slot: Slot, make: Callable[[Slot], Tensor]) -> None:
-    if slot.must_match and not bool((make(slot) == slot.fill).all()):
-        raise ModelError(
-            f"{slot.name} is not {slot.fill:g} everywhere, as moewright.json implies: others changed it; "
-            f"delete moewright.json to load it as what config.json says"
-        )
+def _are_tied(folder: ModelFolder, *, said: bool) -> bool:
+    """Whether to tie input and output embeddings, given what the folder says of it.
 
-
-def _embeddings_equal(folder: ModelFolder) -> bool:
-    """Whether the output embedding still equals the input embedding; a warning when it does not."""
-    if HEAD not in folder.tensors or EMBEDDING not in folder.tensors:
-        return False  # the check of names says which is missing
+    A stored output embedding that differs from the input embedding counts more than what is said; a warning says so.
+    """
+    if not said or HEAD not in folder.tensors or EMBEDDING not in folder.tensors:
+        return bool(said)
     equal = torch.equal(folder.read(HEAD), folder.read(EMBEDDING))
     if not equal:
         warnings.warn(
-            f"{folder.path}: moewright.json says that input and output embeddings are tied, but they differ; "
+            f"{folder.path} says that input and output embeddings are tied, but holds two that differ; "
             f"they are loaded untied",
-            stacklevel=2,
+            stacklevel=3,
         )
     return equal
+
+
+def _require_plausible(folder: ModelFolder, config: PreTrainedConfig) -> None:
+    """Compare the sizes that make a model large with what the files hold, before the model's skeleton is built."""
+    heads = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    last = config.num_hidden_layers - 1
+    expected = {
+        EMBEDDING: (config.vocab_size, config.hidden_size),
+        f"model.layers.{last}.self_attn.q_proj.weight": (heads, config.hidden_size),
+    }
+    for name, shape in expected.items():
+        found = folder.tensors[name].shape if name in folder.tensors else None
+        if found != shape:
+            what = "is missing" if found is None else f"has the shape {list(found)}"
+            raise ModelError(f"{folder.path}: {name} {what}, where config.json calls for {list(shape)}")
+
+
+def _why_constant(folder: ModelFolder) -> str:
+    if folder.record is None:
+        return "attention biases or shared experts like these are not supported yet"
+    return (
+        "moewright.json says it should be, so others changed it; delete moewright.json to load it by config.json alone"
+    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.family import family_of
+from moewright.errors import ModelError
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer
@@ -24,7 +25,7 @@ def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, 
     model's forward takes the keyword `token_mask`, (B, S) bool, True for a real token; without it a
     2-D `attention_mask` says which tokens are real, and without that all are.
     """
-    family, context = family_of(model.config), RoutingContext()
+    family, context = family_of(model.config), routing_context(model) or RoutingContext()
     taken: dict[int, nn.Module] = {}
     for layer, config in layers.items():
         path = family.feed_forward.format(layer=layer)
@@ -34,8 +35,10 @@ def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, 
         grafted.train(block.training)
         model.set_submodule(path, grafted)
         taken[layer] = block
-    if taken:
-        model.__dict__[HOOK] = model.register_forward_pre_hook(_record_token_mask, with_kwargs=True)
+    if taken and HOOK not in model.__dict__:
+        # On the model inside, which wrappers and generation call too, and which gets every mask by keyword.
+        model.__dict__[HOOK] = model.base_model.register_forward_pre_hook(_record_token_mask, with_kwargs=True)
+        model.__dict__["save_pretrained"] = _refuse_to_save
     return taken
 
 
@@ -46,6 +49,7 @@ def ungraft(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> dict[int
         model.set_submodule(family.feed_forward.format(layer=layer), block)
     if not moe_layers(model):
         model.__dict__.pop(HOOK).remove()
+        del model.__dict__["save_pretrained"]
     return {layer: grafted[layer] for layer in blocks}
 
 
@@ -63,9 +67,7 @@ def layer_numbers(model: PreTrainedModel) -> range:
 
 def routing_context(model: PreTrainedModel) -> RoutingContext | None:
     """The record that all MoELayers of a model share; None for a dense model."""
-    for layer in moe_layers(model).values():
-        return layer.context
-    return None
+    return _context_in(model)
 
 
 def set_losses(model: PreTrainedModel, *, balance_loss: float, z_loss: float, kernel: str) -> None:
@@ -74,21 +76,33 @@ def set_losses(model: PreTrainedModel, *, balance_loss: float, z_loss: float, ke
         layer.config = replace(layer.config, balance_loss=balance_loss, z_loss=z_loss, kernel=kernel)
 
 
+def _context_in(module: nn.Module) -> RoutingContext | None:
+    return next((inner.context for inner in module.modules() if isinstance(inner, MoELayer)), None)
+
+
 def _record_token_mask(
-    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook: a transformers block calls `mlp(hidden_states)` and passes no mask, so the mask goes by here.
 
     The record is looked up at each call, not bound, so that a deep copy of the model has its own.
     """
-    context = routing_context(model)
+    context = _context_in(model)
     assert context is not None, "the hook is removed with the last MoELayer"
     mask: Tensor | None = kwargs.pop("token_mask", None)
     if mask is None:
         attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         inputs = (args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-        tokens = next(tensor for tensor in inputs if tensor is not None)
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        tokens = next((tensor for tensor in inputs if tensor is not None), None)
+        if tokens is not None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
             mask = attention_mask[:, -tokens.shape[1] :]  # with a cache, the mask also covers what the cache holds
     context.token_mask = None if mask is None else mask.reshape(-1).to(torch.bool)
     return args, kwargs
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    """In place of `save_pretrained`, which would write grafted layers under the dense architecture's name."""
+    raise ModelError(
+        "save_pretrained of a model with MoE layers would write a folder that nothing loads; "
+        "use moewright.backbone.folder.save_model"
+    )

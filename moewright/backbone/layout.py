@@ -64,7 +64,7 @@ def slots(model: PreTrainedModel, twin: Twin | None) -> list[Slot]:
         return found
     if model.config.tie_word_embeddings:
         found.append(Slot(name=HEAD, part="tied", shape=tuple(model.get_parameter(EMBEDDING).shape)))
-    if twin.model_type == "qwen2_moe" and model.config.model_type != "qwen2":
+    if twin.attention_biases and not any(slot.name.endswith("self_attn.q_proj.bias") for slot in found):
         found += _zero_biases(model)
     for layer, moe in sparse.items():
         E, D, F = moe.config.num_experts, moe.config.hidden_size, moe.config.expert_size

@@ -50,6 +50,8 @@ class Twin:
     """Tensor names, with {layer} and {expert}."""
     shared_expert: str | None
     """Path of the shared expert that the layout demands, or None."""
+    attention_biases: bool
+    """Whether the layout demands biases of query, key and value, zero for a backbone that has none."""
     experts_field: tuple[str, ...]
     """Config fields of the number of experts; all are written, the first that is there is read."""
     size_field: str
@@ -120,6 +122,7 @@ TWINS: Final = {
             up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
             down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
             shared_expert=None,
+            attention_biases=False,
             experts_field=("num_local_experts",),
             size_field="intermediate_size",
             renormalises=lambda fields: True,
@@ -135,6 +138,7 @@ TWINS: Final = {
             up=_QWEN_EXPERT + "up_proj.weight",
             down=_QWEN_EXPERT + "down_proj.weight",
             shared_expert="model.layers.{layer}.mlp.shared_expert",
+            attention_biases=True,
             experts_field=("num_experts",),
             size_field="moe_intermediate_size",
             renormalises=_norm_topk_prob,
@@ -150,6 +154,7 @@ TWINS: Final = {
             up=_QWEN_EXPERT + "up_proj.weight",
             down=_QWEN_EXPERT + "down_proj.weight",
             shared_expert=None,
+            attention_biases=False,
             # transformers 5 writes num_local_experts alone; readers of version 4 know only num_experts.
             experts_field=("num_experts", "num_local_experts"),
             size_field="moe_intermediate_size",
@@ -196,7 +201,6 @@ def twin_fields(
         "head_dim": _head_size(config),
         "num_experts_per_tok": moe.top_k,
         "output_router_logits": False,
-        "router_aux_loss_coef": moe.balance_loss,
         "tie_word_embeddings": False,
         twin.size_field: moe.expert_size,
     } | twin.order_fields(moe.router_order == "topk-softmax")
@@ -229,7 +233,7 @@ def split_config(
     """The inverse of `twin_fields`: twin, backbone config and layers from a sparse config.json.
 
     `backbone` is the dense family that the folder's record names; without one the twin's first. `tied`
-    ties input and output embeddings, which a sparse folder always holds apart. Raises `ModelError`.
+    says whether input and output embeddings are one parameter. Raises `ModelError`.
     """
     twin = TWINS[fields["model_type"]]
     backbone = backbone or twin.backbones[0]
@@ -242,33 +246,42 @@ def split_config(
     if not fields.get("use_sliding_window", True):
         changes["sliding_window"] = None  # Qwen keeps a width here also where no layer uses it
     config = backbone_config(dict(fields) | changes)
-    count, step = config.num_hidden_layers, fields.get("decoder_sparse_step", 1)
-    dense = set(fields.get("mlp_only_layers") or ())
-    sparse = [i for i in range(count) if i not in dense and step > 0 and (i + 1) % step == 0]
+    count, step, dense = config.num_hidden_layers, fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers")
     experts = next((fields[key] for key in twin.experts_field if key in fields), None)
-    top_k, size = fields.get("num_experts_per_tok"), fields.get(twin.size_field)
-    if not (sparse and isinstance(experts, int) and isinstance(top_k, int) and isinstance(size, int)):
-        raise ModelError(
-            f"config.json of type {twin.model_type} must give whole numbers of experts, experts a token and expert "
-            f"width, and a sparse layer; found {experts}, {top_k}, {size} and {len(sparse)} sparse layers"
-        )
+    numbers = {
+        "decoder_sparse_step": step,
+        twin.experts_field[0]: experts,
+        "num_experts_per_tok": fields.get("num_experts_per_tok"),
+        twin.size_field: fields.get(twin.size_field),
+    }
+    for key, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise ModelError(
+                f"config.json of type {twin.model_type}: {key}={value!r}, where a whole number is expected"
+            )
+    if not (dense is None or (isinstance(dense, list) and all(type(layer) is int for layer in dense))):
+        raise ModelError(f"config.json of type {twin.model_type}: mlp_only_layers={dense!r} is no list of layers")
+    sparse = [layer for layer in range(count) if layer not in (dense or ()) and (layer + 1) % step == 0]
+    if not sparse:
+        raise ModelError(f"config.json of type {twin.model_type}: none of its {count} layers is sparse")
     if twin.shared_expert and fields.get("shared_expert_intermediate_size") != SHARED_EXPERT_SIZE:
         raise ModelError(
             f"shared_expert_intermediate_size={fields.get('shared_expert_intermediate_size')}: "
             f"shared experts are not supported yet (ours, of width {SHARED_EXPERT_SIZE}, are all zero)"
         )
+    if twin.attention_biases and not fields.get("qkv_bias", True):
+        raise ModelError(f"qkv_bias=false: a {twin.model_type} folder without attention biases is not supported yet")
     if fields.get("router_jitter_noise"):
         raise ModelError(
             f"router_jitter_noise={fields['router_jitter_noise']}: router noise is not supported yet; set 0"
         )
     moe = MoEConfig(
         hidden_size=config.hidden_size,
-        expert_size=size,
-        num_experts=experts,
-        top_k=top_k,
+        expert_size=numbers[twin.size_field],
+        num_experts=numbers[twin.experts_field[0]],
+        top_k=numbers["num_experts_per_tok"],
         router_order="topk-softmax" if twin.renormalises(fields) else "softmax-topk",
         activation=config.hidden_act,
-        balance_loss=fields.get("router_aux_loss_coef", 0.0),
     )
     layers = dict.fromkeys(sparse, moe)
     reason = twin.refuses(config, layers)
@@ -280,7 +293,7 @@ def split_config(
 def is_sparse(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a mixture of experts that we know; `ModelError` if we know it neither way."""
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES and model_type not in TWINS:
+    if not isinstance(model_type, str) or model_type not in {*FAMILIES, *TWINS}:
         raise ModelError(
             f"model_type={model_type!r} is not supported; dense: {', '.join(FAMILIES)}; sparse: {', '.join(TWINS)}"
         )

@@ -42,6 +42,8 @@ class Findings:
     """Dense against sparse before training, as `moewright upcycle --verify-text` says it."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """The table at the end."""
+    gap: tuple[float, float] = (0.0, 0.0)
+    """Loss of the trained mixture less that of the trained dense model, in nats a token, and its standard error."""
     proof: dict[str, Any] = field(default_factory=dict)
     """What plain transformers made of the result."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)

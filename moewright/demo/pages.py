@@ -17,14 +17,14 @@ from moewright.demo.findings import Findings
 from moewright.report.html import Section, facts, prose, sample, table, write_report
 from moewright.report.svg import Series, heat_map, line_chart
 
-HEADER = ("model", "total", "active", "perplexity", "±", "scoring", "training", "memory")
+HEADER = ("model", "total", "active", "perplexity", "scoring", "training", "memory")
 NOTE = "total and active parameters; scoring and training in tokens/s; peak memory of the process"
 PROMPT_CAPTION = "Greedy continuation by the trained mixture, in plain transformers"
 
 
 def finish(out: Path, found: Findings, console: Console, *, seconds: float) -> Path:
     """Print the table and the sample, write findings.json and report.html, and say where they are."""
-    shown = Table(title="Measured in this run", caption=NOTE, box=SIMPLE_HEAD)
+    shown = Table(title="Measured in this run", caption=NOTE, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, name in enumerate(HEADER):
         shown.add_column(name, justify="right" if index else "left", no_wrap=True)
     for row in found.rows:
@@ -48,17 +48,16 @@ def finish(out: Path, found: Findings, console: Console, *, seconds: float) -> P
 def verdict(found: Findings) -> str:
     """One or two sentences on which model is ahead, as measured."""
     base, dense, _, moe = found.rows
-    gap = dense["perplexity"] - moe["perplexity"]
-    noise = max(dense["standard_error"], moe["standard_error"])
-    order = "lower than" if gap > 0 else "higher than" if gap < 0 else "the same as"
+    gap, error = found.gap
+    order = "lower than" if gap < 0 else "higher than" if gap > 0 else "the same as"
     sentence = (
-        f"After {found.steps} steps the mixture's perplexity is {moe['perplexity']:.3f}, {abs(gap):.3f} {order} "
-        f"that of the dense model trained on the same tokens, {dense['perplexity']:.3f}; "
-        f"both came from {base['perplexity']:.3f}."
+        f"After {found.steps} steps the mixture's perplexity is {moe['perplexity']:.3f}, {order} that of the dense "
+        f"model trained on the same tokens, {dense['perplexity']:.3f}; both came from {base['perplexity']:.3f}."
+        f" The paired difference is {gap:+.4f} nats a token, with a standard error of {error:.4f}"
     )
-    if abs(gap) < noise:
-        sentence += f" The gap is smaller than the standard error, {noise:.3f}: so little text does not rank the two."
-    return sentence
+    if not abs(gap) > 2 * error:
+        return f"{sentence}: so little text does not rank the two."
+    return f"{sentence}."
 
 
 def _setting(found: Findings) -> str:
@@ -75,8 +74,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["model"],
         f"{row['parameters'] / 1e6:.1f}M",
         f"{row['active'] / 1e6:.1f}M",
-        f"{row['perplexity']:.3f}",
-        f"{row['standard_error']:.3f}",
+        f"{row['perplexity']:.3f} ± {row['standard_error']:.2f}",
         f"{row['scoring_tokens_per_second']:.0f}",
         "" if training is None else f"{training:.0f}",
         f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
@@ -127,7 +125,7 @@ def _proof(found: Findings) -> list[str]:
     proof = found.proof
     values = {
         "architecture": proof["architecture"],
-        "largest logit difference to ours": proof["largest_logit_difference"],
+        "largest logit difference to ours, at the end of each text": proof["largest_logit_difference"],
         "difference in nats per token": proof["nll_difference"],
     }
     return [facts(values), sample(PROMPT_CAPTION, prompt=found.prompt, continuation=proof["continuation"])]

@@ -3,7 +3,7 @@
     python plain.py FOLDER PROMPT NEW_TOKENS TEXT...
 
 Prints one JSON object: the continuation of the prompt, the mean negative log-likelihood of the texts
-in nats a token, and the logits at the last position of the first text.
+in nats a token, and the logits at the last position of each text.
 """
 
 import json
@@ -24,13 +24,13 @@ def main(folder: str, prompt: str, new_tokens: str, *texts: str) -> dict[str, ob
         **encoded, max_new_tokens=int(new_tokens), do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
     total, tokens = 0.0, 0
-    last: list[float] = []
+    last: list[list[float]] = []
     for text in texts:
         ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
         logits = model(ids).logits[0].float()
         total += torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").double().item()
         tokens += ids.shape[1] - 1
-        last = last or logits[-1].tolist()
+        last.append(logits[-1].tolist())
     return {
         "architecture": type(model).__name__,
         "continuation": tokenizer.decode(generated[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True),

@@ -7,9 +7,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from moewright.errors import MoewrightError
+
+KEEP: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)}
+"""Have glibc keep freed memory: by default it gives large blocks back to the system, and faults them in again."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ def run_python(arguments: Sequence[str], *, what: str) -> Finished:
     Raises `MoewrightError` if it fails; what it said has then been shown.
     """
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ | KEEP)
     assert process.stdout is not None
     try:
         output = process.stdout.read()

@@ -32,6 +32,17 @@ class Perplexity:
     """exp(nll)."""
     tokens: int
     """Scored tokens: all but the first of each text."""
+    windows: list[tuple[float, int]]
+    """Sum of the losses and number of scored tokens of each window."""
+
+
+def paired_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Mean difference in nats a token of two models on the same windows, and its standard error.
+
+    What both find hard about a text cancels, so this ranks two models where their own errors would not.
+    """
+    assert [count for _, count in a] == [count for _, count in b], "the same windows of the same texts"
+    return _mean_of_clusters([x - y for (x, _), (y, _) in zip(a, b, strict=True)], [int(count) for _, count in a])
 
 
 @torch.no_grad()
@@ -50,11 +61,11 @@ def perplexity(
     is scored once, all but the first window's with at least `window - stride` tokens of context.
     `on_tokens` is told after each window how many tokens it scored. Losses are summed in float64.
 
-    Raises `UsageError` for a stride outside 1..window, `DataError` if no text has two tokens.
+    Raises `UsageError` unless 1 <= stride < window, `DataError` if no text has two tokens.
     """
     stride = window // 2 if stride is None else stride
-    if window < 2 or not 1 <= stride <= window:
-        raise UsageError(f"window={window}, stride={stride}: needed are window >= 2 and 1 <= stride <= window")
+    if not 1 <= stride < window:
+        raise UsageError(f"window={window}, stride={stride}: needed is 1 <= stride < window")
     sums, counts = [], []
     device = next(model.parameters()).device
     for text in texts:
@@ -69,7 +80,7 @@ def perplexity(
     if not counts:
         raise DataError("no text of at least two tokens to score: give longer text")
     nll, error = _mean_of_clusters(sums, counts)
-    return Perplexity(nll, error, math.exp(min(nll, 700.0)), sum(counts))
+    return Perplexity(nll, error, math.exp(min(nll, 700.0)), sum(counts), list(zip(sums, counts, strict=True)))
 
 
 def windows(length: int, *, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

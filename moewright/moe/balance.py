@@ -30,9 +30,9 @@ def switch_loss(probabilities_TE: Tensor, tokens_per_expert: Tensor, mask_T: Ten
     `E * sum_e f_e * P_e`, with f_e the share of the assignments that expert e got and P_e its mean
     probability over the real tokens. 1 when the load is even, whatever K. Only P has a gradient.
     """
-    share_E = tokens_per_expert / tokens_per_expert.sum().clamp(min=1)
-    mean_E = masked_mean(probabilities_TE, mask_T)
-    return probabilities_TE.shape[1] * (share_E.to(mean_E.dtype) * mean_E).sum()
+    counts_E = tokens_per_expert.to(probabilities_TE.dtype)
+    share_E = counts_E / counts_E.sum().clamp(min=1)
+    return probabilities_TE.shape[1] * (share_E * masked_mean(probabilities_TE, mask_T)).sum()
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
@@ -41,23 +41,23 @@ def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:
 
 
 class _AttachLoss(torch.autograd.Function):
-    """Identity on the output; its backward gives the loss the gradient 1."""
+    """Identity on a tensor; its backward gives the loss the gradient 1."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, loss: Tensor) -> Tensor:
         ctx.loss_shape, ctx.loss_dtype = loss.shape, loss.dtype
-        return output.view_as(output)
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, torch.ones(ctx.loss_shape, dtype=ctx.loss_dtype, device=gradient.device)
 
 
-def attach_loss(output: Tensor, loss: Tensor) -> Tensor:
-    """Return `output` unchanged, such that a backward pass through it also goes through the 0-dim `loss`.
+def attach_loss(tensor: Tensor, loss: Tensor) -> Tensor:
+    """Return `tensor` unchanged, such that a backward pass through it also goes through the 0-dim `loss`.
 
     A block of a transformers model returns hidden states and nothing else; this is how a per-layer
     loss reaches the parameters all the same, under recomputation and in pipelines too.
     """
-    attached: Tensor = _AttachLoss.apply(output, loss)  # type: ignore[no-untyped-call]
+    attached: Tensor = _AttachLoss.apply(tensor, loss)  # type: ignore[no-untyped-call]
     return attached

@@ -11,6 +11,9 @@ class RoutingContext:
     `loss_scale`: what the auxiliary losses are multiplied with before they join the gradient, 0-dim
     float32. A training loop sets it to the micro-batch's share of the step's tokens; it stays 1 under
     a trainer that knows nothing of it, whose number of micro-batches then scales these losses.
+
+    A block that is recomputed must read what it read before: run the backward pass of one batch before
+    the forward pass of the next.
     """
 
     def __init__(self) -> None:

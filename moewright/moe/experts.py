@@ -24,13 +24,28 @@ def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def _clipped_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x).clip(-10, 10)
+
+
+def _laplace(x: Tensor) -> Tensor:
+    # Mean and deviation at which it approximates squared ReLU best (Mega, arXiv 2209.10655).
+    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2**0.5)))
+
+
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "gelu": F.gelu,
+    "gelu_10": _clipped_gelu,
+    "gelu_accurate": _tanh_gelu,
     "gelu_fast": _tanh_gelu,
     "gelu_new": _tanh_gelu,
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
+    "hardswish": F.hardswish,
+    "laplace": _laplace,
     "leaky_relu": F.leaky_relu,
     "linear": lambda x: x,
     "mish": F.mish,
@@ -43,7 +58,7 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-"""Activations under the names that Hugging Face configs use."""
+"""Activations under the names that Hugging Face configs use; those with parameters of their own are not among them."""
 
 
 def activation_named(name: str) -> Callable[[Tensor], Tensor]:
@@ -87,8 +102,8 @@ class Experts(nn.Module):
         product = kernel_named(kernel)
         first: Tensor = self.get_parameter(self.first_name)
         down: Tensor = self.down_proj
-        if (dtype := autocast_dtype(x_ND.device)) is not None:
-            # Autocast knows nothing of custom operators: do for ours what it does for torch's own.
+        if (dtype := autocast_dtype(x_ND)) is not None:
+            # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
             x_ND, first, down = x_ND.to(dtype), first.to(dtype), down.to(dtype)
         if self.gated:
             gate_NF, up_NF = product(x_ND, first, ends_E).chunk(2, dim=-1)

@@ -20,7 +20,7 @@ class MoELayer(nn.Module):
 
     Padding (False in `context.token_mask`) is computed like any token, since nobody reads its output,
     but enters neither a loss nor a statistic. In training mode the auxiliary losses are attached to
-    the output, multiplied by `context.loss_scale`.
+    the combine weights, so every backward pass from the output goes through them, multiplied by `context.loss_scale`.
     """
 
     def __init__(
@@ -51,10 +51,7 @@ class MoELayer(nn.Module):
         x_TD = hidden_states.reshape(-1, config.hidden_size)
 
         routing = self.router(x_TD, top_k=config.top_k, order=config.router_order)
-        permutation = sort_by_expert(routing.experts_TK, num_experts=config.num_experts)
-        y_ND = self.experts(dispatch(x_TD, permutation), permutation.ends_E, kernel=config.kernel)
-        y_TD = combine(y_ND, routing.weights_TK, permutation).to(hidden_states.dtype)
-
+        weights_TK = routing.weights_TK
         counts_E = count_tokens(routing.experts_TK, num_experts=config.num_experts, mask_T=mask_T)
         balance = switch_loss(routing.probabilities_TE, counts_E, mask_T)
         z = z_loss(routing.logits_TE, mask_T)
@@ -67,5 +64,9 @@ class MoELayer(nn.Module):
         )
         if self.training and torch.is_grad_enabled():
             auxiliary = config.balance_loss * balance + config.z_loss * z
-            y_TD = attach_loss(y_TD, auxiliary * self.context.loss_scale.to(auxiliary))
-        return y_TD.view(hidden_states.shape)
+            weights_TK = attach_loss(weights_TK, auxiliary * self.context.loss_scale.to(auxiliary))
+
+        permutation = sort_by_expert(routing.experts_TK, num_experts=config.num_experts)
+        y_ND = self.experts(dispatch(x_TD, permutation), permutation.ends_E, kernel=config.kernel)
+        y_TD = combine(y_ND, weights_TK, permutation)
+        return y_TD.to(hidden_states.dtype).view(hidden_states.shape)

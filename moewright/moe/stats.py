@@ -17,11 +17,11 @@ class RoutingStats(nn.Module):
     tokens_per_expert: Tensor
     """(E,) int64, assignments of real tokens."""
     balance_loss: Tensor
-    """0-dim float32, `switch_loss` before its coefficient."""
+    """0-dim, `switch_loss` before its coefficient; float32, like the two below, unless the module is cast."""
     z_loss: Tensor
-    """0-dim float32, before its coefficient."""
+    """0-dim, before its coefficient."""
     entropy: Tensor
-    """0-dim float32, mean entropy of the router's probabilities in nats."""
+    """0-dim, mean entropy of the router's probabilities in nats."""
 
     def __init__(self, num_experts: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()

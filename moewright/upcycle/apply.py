@@ -1,6 +1,7 @@
 """Carry out a plan: onto disk, tensor by tensor, or into a live model."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,16 +9,21 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moewright.backbone.folder import fill, model_record
 from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
+from moewright.errors import ModelError
 from moewright.evaluate.perplexity import tokenise
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import UpcyclePlan
 from moewright.upcycle.verify import Comparison, compare
+
+EXACT_TOLERANCE = 1e-4
+"""Largest relative logit difference in float32 that `exact` is committed with; 1e-6 to 1e-5 is usual."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ def upcycle_folder(
     plan = UpcyclePlan(folder, config, dtype=dtype, calibration_texts=texts)
     summary = plan.summary()
     if dry_run:
+        if verify_text is not None:
+            warnings.warn("the text to verify on is ignored: a dry run writes nothing to compare", stacklevel=2)
         disk = next(parent for parent in target.absolute().parents if parent.exists())
         require_space(disk, summary["bytes"])
         summary["free_bytes"] = shutil.disk_usage(disk).free
@@ -81,11 +89,7 @@ def upcycle_folder(
         writer.write_tensors(plan.tensors(), on_tensor=advance and (lambda _, count: advance(count)))
         writer.copy_companions(source)
         if verify_texts is not None:
-            # In float32 too: there only the method can differ, in narrower dtypes also the rounding.
-            for each in dict.fromkeys((plan.dtype, torch.float32)):
-                comparisons.append(
-                    compare(source, writer.path, verify_texts, dtype=each, granularity=config.granularity)
-                )
+            comparisons += _verify(plan, writer.path, verify_texts)
         writer.commit(provenance(plan, comparisons) | model_record(plan.model))
     return UpcycleReport(target, True, summary, _layers(plan), comparisons)
 
@@ -100,6 +104,24 @@ def upcycle_model(
     plan = UpcyclePlan(ModelFolder(source), config, dtype=dtype)
     fill(plan.model, plan.twin, plan.tensor)
     return plan.model, provenance(plan, [])
+
+
+def _verify(plan: UpcyclePlan, folder: Path, texts: list[Tensor]) -> list[Comparison]:
+    """Compare what was written with its source; `ModelError` if an exact scale is not exact in float32.
+
+    In float32 only the method can differ, in narrower dtypes also the rounding: both are reported.
+    """
+    comparisons = [
+        compare(plan.folder.path, folder, texts, dtype=dtype, granularity=plan.config.granularity)
+        for dtype in dict.fromkeys((plan.dtype, torch.float32))
+    ]
+    found = comparisons[-1].relative_logit_difference
+    if plan.config.scale == "exact" and plan.dtype == torch.float32 and not found <= EXACT_TOLERANCE:
+        raise ModelError(
+            f"the sparse model's logits differ by {found:.1e} from {plan.folder.path}, where scale=exact allows "
+            f"{EXACT_TOLERANCE:g}; nothing was written: please report this model"
+        )
+    return comparisons
 
 
 def provenance(plan: UpcyclePlan, comparisons: list[Comparison]) -> dict[str, Any]:

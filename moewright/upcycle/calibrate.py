@@ -57,8 +57,9 @@ def _measure(
     ]
     for text in texts:
         for window in text[: CALIBRATION_TOKENS - tokens].split(CALIBRATION_WINDOW):
-            model(input_ids=window[None], use_cache=False)
-            tokens += len(window)
+            if len(window):  # a split of nothing is one empty window
+                model(input_ids=window[None], use_cache=False)
+                tokens += len(window)
     for handle in handles:
         handle.remove()
     if not tokens:

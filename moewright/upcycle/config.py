@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from moewright.errors import UsageError
-from moewright.moe.config import ROUTER_ORDERS
+from moewright.moe.config import ROUTER_ORDERS, RouterOrder
 
 SCALES = ("exact", "uniform", "calibrated", "none")
 
@@ -25,7 +25,7 @@ class UpcycleConfig:
     granularity: int = 1
     """G: one expert has 1/G of the dense feed-forward width, so a layer grows N/G times."""
 
-    router_order: str | None = None
+    router_order: RouterOrder | None = None
     """`topk-softmax` or `softmax-topk`; by default the first, and the second for top_k = 1."""
 
     scale: str | None = None
@@ -73,7 +73,7 @@ class UpcycleConfig:
                 "use scale=exact"
             )
 
-    def resolved_order(self) -> str:
+    def resolved_order(self) -> RouterOrder:
         """The router order, with its default in place.
 
         With one expert a token `topk-softmax` gives the weight 1 whatever the logits, and so the

@@ -1,5 +1,7 @@
 """Which layers become sparse, what they will hold, and what it will cost; nothing is written yet."""
 
+import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import backbone_config, empty_model, family_of
+from moewright.backbone.family import empty_model, family_of
 from moewright.backbone.folder import config_fields, constant, empty_model_of
 from moewright.backbone.graft import graft
 from moewright.backbone.layout import EMBEDDING, Slot, slots
@@ -49,16 +51,17 @@ class UpcyclePlan:
             raise ModelError(
                 f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
             )
-        empty_model_of(folder)  # the source's names and shapes, before anything is read
-        backbone = backbone_config(folder.config)
+        self._dense = empty_model_of(folder)[0]  # names and shapes are checked before anything is read
+        backbone = self._dense.config
         self.folder = folder
         self.dtype = dtype or folder.dtype()
         self.config = config.resolved(hidden_size=backbone.hidden_size)
         moe = _moe_config(self.config, hidden_size=backbone.hidden_size, dense_size=backbone.intermediate_size,
                           activation=backbone.hidden_act)  # fmt: skip
+        _warn_of(self.config, moe, calibrates=calibration_texts is not None)
         layers = dict.fromkeys(config.chosen_layers(backbone.num_hidden_layers), moe)
         self.twin: Twin = choose_twin(backbone, layers)
-        self.model: PreTrainedModel = empty_model(backbone, dtype=self.dtype)
+        self.model: PreTrainedModel = empty_model(copy.deepcopy(backbone), dtype=self.dtype)
         graft(self.model, layers)
         self.layers = layers
         self.family = family_of(backbone)
@@ -107,13 +110,20 @@ class UpcyclePlan:
             for slot in slots(self.model, self.twin)
         }
 
+    def _memory_needed(self) -> int:
+        """Bytes held at a time while writing; calibration and verification load a model besides."""
+        projections = [self.family.projection(part, min(self.layers)) for part in ("gate", "up", "down")]
+        block = sum(bytes_of(self._dense.get_parameter(name)) for name in projections)
+        largest = max(bytes_of(parameter) for parameter in self._dense.parameters())
+        return max(2 * block, 2 * largest)
+
     def config_fields(self) -> dict[str, Any]:
         """config.json of the sparse folder."""
         return config_fields(self.model, self.twin)
 
     def summary(self) -> dict[str, Any]:
         """What will be written, for a dry run and for the report."""
-        dense, sparse = empty_model_of(self.folder)[0], self.model
+        dense, sparse = self._dense, self.model
         before, after = parameter_counts(dense), parameter_counts(sparse)
         moe = next(iter(self.layers.values()))
         return {
@@ -132,8 +142,26 @@ class UpcyclePlan:
                 "ratio": after.multiplied / before.multiplied,
             },
             "bytes": sum(tensor.nbytes for tensor in self.tensors().values()),
-            "memory_needed": 4 * max(bytes_of(tensor) for tensor in dense.parameters()),
+            "memory_needed": self._memory_needed(),
         }
+
+
+def _warn_of(config: UpcycleConfig, moe: MoEConfig, *, calibrates: bool) -> None:
+    """Warn of what is allowed, and yet will surprise."""
+    if config.router_order == "topk-softmax" and config.top_k == 1:
+        warnings.warn(
+            "top_k=1 with router_order=topk-softmax: the one weight is always 1, so the router learns nothing from "
+            "the model's loss; softmax-topk trains it",
+            stacklevel=3,
+        )
+    if calibrates and config.scale != "calibrated":
+        warnings.warn(f"the calibration text is ignored: scale={config.scale} needs none", stacklevel=3)
+    if moe.expert_size % 8:
+        warnings.warn(
+            f"an expert width of {moe.expert_size} is no multiple of 8: the grouped products of transformers and of "
+            "serving runtimes refuse it in bfloat16, and ours pads it",
+            stacklevel=3,
+        )
 
 
 def _moe_config(config: UpcycleConfig, *, hidden_size: int, dense_size: int, activation: str) -> MoEConfig:
@@ -147,7 +175,7 @@ def _moe_config(config: UpcycleConfig, *, hidden_size: int, dense_size: int, act
         expert_size=dense_size // config.granularity,
         num_experts=config.experts,
         top_k=config.top_k,
-        router_order="softmax-topk" if config.router_order == "softmax-topk" else "topk-softmax",
+        router_order=config.resolved_order(),
         activation=activation,
     )
 

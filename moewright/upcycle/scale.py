@@ -7,6 +7,7 @@ a token's combine weights and S the product of what the linear branches are scal
 gives the dense layer back; what s is depends on the router order.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ def balanced(total: float) -> Factors:
     The gate stays as it is: no activation in use is homogeneous but ReLU. The factor of up is a power
     of two, which no dtype rounds, so a weight is rounded once at most, and for a power of two S never.
     """
-    up = 2.0 ** round(torch.tensor(total, dtype=torch.float64).log2().item() / 2)
+    up = 2.0 ** round(math.log2(total) / 2)
     return Factors(up=up, down=total / up)
 
 

@@ -1,9 +1,9 @@
 """Dense against sparse on the same tokens: what upcycling changed."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -61,11 +61,11 @@ class Reference:
         return cls(windows, [_logits(model, window) for window in windows], model.dtype)
 
     def compare(self, model: PreTrainedModel, *, granularity: int) -> Comparison:
-        """Compare a sparse model with it."""
+        """Compare a sparse model with it, a window at a time."""
         with _routings(model) as routings:
-            found = [_logits(model, window) for window in self.windows]
-        broken = broken_groups(routings, granularity=granularity)
-        return compare_logits(found, self.logits, self.windows, dtype=self.dtype, broken=broken)
+            found = (_logits(model, window) for window in self.windows)
+            comparison = compare_logits(found, self.logits, self.windows, dtype=self.dtype)
+        return replace(comparison, broken_groups=broken_groups(routings, granularity=granularity))
 
 
 def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.dtype, granularity: int) -> Comparison:
@@ -78,18 +78,22 @@ def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.
 
 
 def compare_logits(
-    found: Sequence[Tensor], wanted: Sequence[Tensor], windows: Sequence[Tensor], *, dtype: torch.dtype, broken: float
+    found: Iterable[Tensor], wanted: Sequence[Tensor], windows: Sequence[Tensor], *, dtype: torch.dtype
 ) -> Comparison:
-    """Compare two models' logits, (S, V) for each window of token ids (S,)."""
+    """Compare two models' logits, (S, V) for each window of token ids (S,); without routing, no group is broken."""
     largest = total = scale = 0.0
     agree = count = 0
-    for a, b in zip(found, wanted, strict=True):
+    losses: dict[str, list[Tensor]] = {"found": [], "wanted": []}
+    for a, b, window in zip(found, wanted, windows, strict=True):
         difference = (a - b).abs()
         largest = max(largest, difference.max().item())
         total += difference.sum(dtype=torch.float64).item()
         scale = max(scale, b.abs().max().item())
         agree += int((a.argmax(-1) == b.argmax(-1)).sum())
         count += len(a)
+        losses["found"].append(F.cross_entropy(a[:-1], window[1:], reduction="none").double())
+        losses["wanted"].append(F.cross_entropy(b[:-1], window[1:], reduction="none").double())
+    dense, sparse = (math.exp(min(torch.cat(losses[name]).mean().item(), 700.0)) for name in ("wanted", "found"))
     return Comparison(
         dtype=str(dtype).removeprefix("torch."),
         tokens=count,
@@ -97,9 +101,9 @@ def compare_logits(
         mean_logit_difference=total / (count * wanted[0].shape[-1]),
         relative_logit_difference=largest / scale if scale else math.inf,
         top1_agreement=agree / count,
-        dense_perplexity=_perplexity(wanted, windows),
-        sparse_perplexity=_perplexity(found, windows),
-        broken_groups=broken,
+        dense_perplexity=dense,
+        sparse_perplexity=sparse,
+        broken_groups=0.0,
     )
 
 
@@ -131,11 +135,6 @@ def _windows(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0].float()
     return logits
-
-
-def _perplexity(logits: Sequence[Tensor], windows: Sequence[Tensor]) -> float:
-    losses = [F.cross_entropy(a[:-1], w[1:], reduction="none").double() for a, w in zip(logits, windows, strict=True)]
-    return math.exp(min(torch.cat(losses).mean().item(), 700.0))
 
 
 @contextmanager

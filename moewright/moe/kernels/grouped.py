@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moewright.errors import UsageError
+
 
 @torch.library.custom_op("moewright::grouped_rows", mutates_args=())
 def _grouped_rows(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """`y[n] = x[n] @ weight[e]` for the rows n of expert e."""
+    if not len(x_NI):  # an empty tensor can have strides that torch's product refuses
+        return x_NI.new_empty(0, weight_EIO.shape[2])
     return F.grouped_mm(x_NI, weight_EIO, offs=ends_E)
 
 
@@ -28,6 +32,8 @@ def _(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 @torch.library.custom_op("moewright::grouped_outer", mutates_args=())
 def _grouped_outer(a_NO: Tensor, b_NI: Tensor, ends_E: Tensor) -> Tensor:
     """`w[e] = a[rows of e].T @ b[rows of e]`, zero where expert e has no row."""
+    if not len(a_NO):
+        return a_NO.new_zeros(len(ends_E), a_NO.shape[1], b_NI.shape[1])
     return F.grouped_mm(a_NO.t(), b_NI, offs=ends_E)
 
 
@@ -55,6 +61,16 @@ _grouped_rows.register_autograd(_rows_backward, setup_context=_save)
 
 
 def grouped_product(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """All experts in one call; float32, bfloat16 and float16 (float64 is for the `loop` kernel)."""
+    """All experts in one call; float32, bfloat16 and float16.
+
+    torch's product takes rows of a multiple of 16 bytes only: other widths are padded with zeros, at the price
+    of a copy of the weights. Raises `UsageError` for float64.
+    """
+    if x_NI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"kernel 'grouped' has no product of {x_NI.dtype}: use kernel 'loop'")
+    _, width_out, width_in = weight_EOI.shape
+    more_out, more_in = (-width % (16 // x_NI.element_size()) for width in (width_out, width_in))
+    if more_out or more_in:
+        x_NI, weight_EOI = F.pad(x_NI, (0, more_in)), F.pad(weight_EOI, (0, more_in, 0, more_out))
     product: Tensor = _grouped_rows(x_NI, weight_EOI.transpose(1, 2), ends_E)
-    return product
+    return product[:, :width_out] if more_out else product
