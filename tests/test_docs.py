@@ -72,9 +72,18 @@ def test_upcycling_page_shows_the_results():
     }
 
 
+def test_training_page_shows_the_results():
+    experiment_ = experiment("router_rate")
+    page = TRAINING.read_text(encoding="utf-8")
+    result = json.loads(experiment_.RESULT.read_text(encoding="utf-8"))
+    assert experiment_.renew(page, result) == page, "run python experiments/router_rate.py --tables"
+
+
 @pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"@[A-Z]+@", text), f"{page.name} has a place that nobody filled"
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 

@@ -21,6 +21,8 @@ class Sizes:
     sequence_length: int = 256
     batch_size: int = 4
     learning_rate: float = 1e-4
+    router_learning_rate_ratio: float = 0.01
+    """Of the mixture; at the full rate a few steps part the virtual groups before the experts have learnt anything."""
     training_seconds: float = 330.0
     """What the two training runs may take together, by the measured rates."""
     new_tokens: int = 48

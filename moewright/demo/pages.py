@@ -143,5 +143,6 @@ def _circumstances(found: Findings, seconds: float) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "minutes": round(seconds / 60, 1),
         "learning rate": found.sizes.learning_rate,
+        "that of the routers": found.sizes.learning_rate * found.sizes.router_learning_rate_ratio,
         "seed": found.sizes.seed,
     }

@@ -163,6 +163,7 @@ steps = {steps}
 batch_size = {sizes.batch_size}
 micro_batch_size = {max(1, sizes.batch_size // 2)}
 learning_rate = {sizes.learning_rate}
+router_learning_rate_ratio = {sizes.router_learning_rate_ratio}
 schedule = "cosine"
 warmup_steps = {max(1, steps // 8)}
 dtype = "float32"

@@ -109,19 +109,14 @@ def _mean_of_clusters(sums: Sequence[float], counts: Sequence[int]) -> tuple[flo
 def tokenise(folder: Path, files: Sequence[Path | str], *, vocabulary: int) -> list[Tensor]:
     """The documents of the files as int64 token ids by the folder's tokenizer; no end token is added.
 
-    Raises `DataError` for a missing file, text that is not UTF-8, or a token that the model does not have.
+    Raises `DataError` for a missing file or text that is not UTF-8, `ModelError` for a tokenizer that does not load
+    or has more entries than the model's `vocabulary`.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, vocabulary=vocabulary)
     texts = []
     for path in expand([str(file) for file in files]):
         for text in texts_of(path):
-            ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
-            if ids.numel() and int(ids.max()) >= vocabulary:
-                raise DataError(
-                    f"{path}: token id {int(ids.max())} is outside the model's vocabulary of {vocabulary}; "
-                    f"the tokenizer in {folder} belongs to another model"
-                )
-            texts.append(ids)
+            texts.append(torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64))
     return texts
 
 
