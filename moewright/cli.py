@@ -130,7 +130,10 @@ def evaluate_perplexity(args: argparse.Namespace) -> Facts:
     from moewright.report.progress import progress_bar
 
     with progress_bar("scoring") as track:
-        return evaluate_files(args.folder, args.texts, track=track)
+        facts = evaluate_files(args.folder, args.texts, track=track)
+    if not args.json:
+        facts.pop("windows", None)
+    return facts
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -149,16 +152,32 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Of a verb but ``train``, refuse unknown options first: argparse would only say that others are missing."""
+        if self.get_default("verb") not in (None, train):
+            options = self._options()
+            for argument in itertools.takewhile(lambda argument: argument != "--", args):
+                if argument.startswith("--") and argument.split("=")[0] not in options:
+                    self.unknown(argument)
+        return super().parse_known_args(args, namespace)
+
+    def unknown(self, argument: str) -> NoReturn:
+        """Refuse an argument that nothing takes."""
+        near = difflib.get_close_matches(argument, self._options(), n=1)
+        self.error(f"unknown argument {argument!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+
+    def _options(self) -> list[str]:
+        return re.findall(r"--[a-z-]+", self.format_help())
+
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse a whole command line; what no option takes is an error, except that it is an override for ``train``."""
+    args: argparse.Namespace
     args, rest = _build_parser().parse_known_args(argv)
     if args.verb is train:
         args.overrides = rest
     elif rest:
-        options = re.findall(r"--[a-z-]+", args.parser.format_help())
-        near = difflib.get_close_matches(rest[0], options, n=1)
-        args.parser.error(f"unknown argument {rest[0]!r}" + (f" (did you mean {near[0]}?)" if near else ""))
+        args.parser.unknown(rest[0])
     return args
 
 
@@ -177,7 +196,11 @@ def _build_parser() -> _Parser:
     verb = _add_verb(verbs, "train", train, "train what a run file describes; the same command again resumes")
     verb.usage = "moewright train RUN.toml [--section.key value ...] [--json] [--debug]"
     verb.add_argument("run", metavar="RUN.toml", type=Path, help="the run file")
-    verb.epilog = "Any key of the run file can be overridden, for example: --train.steps 100 --out runs/second"
+    verb.epilog = (
+        "The run file is TOML: model, out, and the tables [data] (files, sequence_length, eval_files), [upcycle] "
+        "(experts, top_k, granularity), [moe] (balance_loss) and [train] (steps, batch_size, learning_rate, ...); "
+        "docs/training.md lists every key. Any key can be overridden, for example: --train.steps 100 --out runs/second"
+    )
 
     evaluate = verbs.add_parser("evaluate", help="measure a model", allow_abbrev=False)
     measures = evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)

@@ -34,7 +34,7 @@ class DataError(MoewrightError, ValueError):
 
 
 class CheckpointError(MoewrightError):
-    """Training state is missing, damaged, or belongs to another run (exit 4)."""
+    """Training state is missing, damaged, or belongs to another run, or the training itself diverged (exit 4)."""
 
     exit_code = 4
 

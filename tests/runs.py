@@ -1,10 +1,17 @@
 """Small training runs."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from torch import nn
+
 from moewright.data.config import DataConfig
+from moewright.train import loop
 from moewright.train.config import MoESettings, RunConfig, TrainConfig
 from moewright.train.metrics import read_json_lines
 from moewright.upcycle.config import UpcycleConfig
@@ -34,7 +41,7 @@ def make_run(
         data=DataConfig(
             **{"files": (str(folder / "text.jsonl"),), "sequence_length": 16, "eval_rows": 6} | (data or {})
         ),
-        moe=moe or MoESettings(balance_loss=0.05, z_loss=0.01),
+        moe=moe or (MoESettings(balance_loss=0.05, z_loss=0.01) if upcycle else MoESettings()),
         train=TrainConfig(
             **{
                 "steps": 6,
@@ -61,3 +68,20 @@ def metrics(config: RunConfig) -> list[dict[str, Any]]:
 
 def evaluations(config: RunConfig) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_json_lines(Path(config.out) / "evaluations.jsonl")]
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[nn.Module], None]) -> None:
+    """Do `action` in the middle of step number `step`, once its gradient is computed and applied."""
+    original = loop.train_step
+
+    def train_step(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        record = original(*args, **kwargs)
+        if kwargs["step"] == step:
+            action(args[0])
+        return record
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+
+
+def send(number: signal.Signals) -> Callable[[nn.Module], None]:
+    return lambda _: os.kill(os.getpid(), number)

@@ -156,6 +156,13 @@ def test_evaluate_and_demo(library: Library, capsys: pytest.CaptureFixture[str])
         ("upcycle a b --experts 2 --top-k 1 --scale exakt", "argument --scale: invalid choice: 'exakt' (choose from"),
         ("upcycle a b --experts 2 --top-k 1 --overwrit", "unknown argument '--overwrit' (did you mean --overwrite?)"),
         ("upcycle a b c --experts 2 --top-k 1", "unknown argument 'c'; see"),
+        (
+            "upcycle a b --expert 2 --top-k 1",
+            "unknown argument '--expert' (did you mean --experts?); see `moewright up",
+        ),
+        ("upcycle a b --top_k=2 --experts=4", "unknown argument '--top_k=2' (did you mean --top-k?)"),
+        ("evaluate perplexity --jsn", "unknown argument '--jsn' (did you mean --json?)"),
+        ("train --train.steps=3", "the following arguments are required: RUN.toml"),
         ("inspect", "the following arguments are required: DIR"),
         ("evaluate perplexity m", "the following arguments are required: TEXT"),
         ("evaluate speed m", "argument MEASURE: invalid choice: 'speed'"),
@@ -261,6 +268,13 @@ def test_help_imports_nothing_heavy(verb: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(f"usage: moewright {verb}".rstrip())
     assert done.stdout.endswith("\n[]\n")
+
+
+def test_help_of_train_names_keys_and_where_all_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("docs/training.md", "sequence_length", "[train]", "--train.steps 100"))
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moewright.data import pack as pack_module
 from moewright.data.config import DataConfig
-from moewright.data.documents import expand, read_documents
-from moewright.data.pack import IGNORE, PackedRows, pack, rows_at
+from moewright.data.documents import digest, expand, read_documents
+from moewright.data.pack import IGNORE, PackedRows, pack, rows_at, shuffled
+from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import DataError, ModelError, UsageError
 from tests.models import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -83,6 +85,10 @@ def test_patterns_are_sorted_and_name_a_file_once(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 3}\n', r"a\.jsonl:1: field 'text' is int"),
         ("a.parquet", b"PAR1 no PAR1", r"a\.parquet: not a Parquet file"),
         ("a.txt", b" \n", r"no text in 1 files"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "a\\ud800"}\n', r"a\.jsonl:2: field 'text' has half a surrogate pair"),
+        ("a.jsonl", b'{"text": ' + b"[" * 200_000, r"a\.jsonl:1: not JSON \(maximum recursion depth"),
+        ("a.jsonl", b'{"id": ' + b"9" * 5000 + b', "text": "x"}', r"a\.jsonl:1: not JSON \(Exceeds the limit"),
+        ("a.txt", b"\xef\xbb\xbfab\xff", r"a\.txt: not UTF-8 at byte 5 \(0xff\)"),
     ],
 )
 def test_bad_text_is_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -90,6 +96,25 @@ def test_bad_text_is_refused(tmp_path: Path, name: str, content: bytes, message:
     with pytest.raises(DataError, match=message) as caught:
         read_documents([str(tmp_path / name)], cache_dir=tmp_path / "cache")
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "\xef\xbb\xbftwo"}\n')
+    documents = read_documents([str(tmp_path / "*")], cache_dir=tmp_path / "cache")
+    assert documents["text"][:] == ["text", "one", "\ufefftwo"]
+
+
+def test_the_digest_follows_order_kind_and_bytes(tmp_path: Path) -> None:
+    for name, text in {"a.txt": "x", "b.txt": "y", "c.jsonl": "x", "d.txt": "x"}.items():
+        (tmp_path / name).write_text(text)
+    a, b, c, d = (str(tmp_path / name) for name in ("a.txt", "b.txt", "c.jsonl", "d.txt"))
+    assert digest([a, b]) == digest([d, b])
+    assert len({digest(files) for files in ([a, b], [b, a], [c, b], [a], [a, d])}) == 5
+    (tmp_path / "b.txt").write_text("z")
+    assert digest([a, b]) != digest([b, a])
+    with pytest.raises(DataError, match="no such file"):
+        digest([str(tmp_path / "none")])
 
 
 def test_bad_parquet_columns_are_refused(tmp_path: Path) -> None:
@@ -165,7 +190,7 @@ def test_pack_closes_orders_and_drops_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     documents = read_documents([str(tmp_path / "a.jsonl")], cache_dir=tmp_path)
     tokenizer = tiny_tokenizer()
-    arguments = {"sequence_length": 8, "vocabulary": 264, "cache_dir": tmp_path}
+    arguments = {"sequence_length": 8, "cache_dir": tmp_path}
     first, again, other = (pack(documents, tokenizer, seed=seed, **arguments) for seed in (0, 0, 1))
     pieces = tokenizer.decode(first.tokens.tolist()).split("<|end|>")
     assert pieces.pop() == ""
@@ -177,16 +202,29 @@ def test_pack_closes_orders_and_drops_nothing(tmp_path: Path) -> None:
     assert longer.fingerprint() != first.fingerprint()
 
 
-def test_pack_refuses_what_the_model_cannot_read(tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     documents = read_documents([str(tmp_path / "a.txt")], cache_dir=tmp_path)
     tokenizer = tiny_tokenizer()
-    arguments = {"sequence_length": 8, "seed": 0, "cache_dir": tmp_path}
-    with pytest.raises(ModelError, match="token 256, but the embedding has 200 rows"):
-        pack(documents, tokenizer, vocabulary=200, **arguments)
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no end token"):
-        pack(documents, tokenizer, vocabulary=264, **arguments)
+        pack(documents, tokenizer, sequence_length=8, seed=0, cache_dir=tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path)) == len(load_tokenizer(tmp_path, vocabulary=257)) == 257
+    with pytest.raises(ModelError, match="the tokenizer has 257 tokens, but the model's embedding has 256 rows"):
+        load_tokenizer(tmp_path, vocabulary=256)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"model": 3}', '{"model": {"type": "BPE", "vocab": [], "merges": 1}}'])
+def test_a_broken_tokenizer_is_a_model_error(tmp_path: Path, content: str) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match="no tokenizer that loads") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
@@ -197,6 +235,26 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_its_own() -> None:
     flat = [row for epoch in epochs for row in epoch]
     assert rows_at(5, count=13, total=total, seed=3) == flat[5:18]
     assert rows_at(0, count=total, total=total, seed=4) != epochs[0]
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        pack_module, "shuffled", lambda *args, **kwargs: calls.append(kwargs) or shuffled(*args, **kwargs)
+    )
+    read = [row for step in range(20) for row in rows_at(step * 5, count=5, total=50, seed=123)]
+    assert [call["epoch"] for call in calls] == [0, 1]
+    assert sorted(read) == sorted([*range(50)] * 2)
+
+
+def test_no_two_orders_are_drawn_from_one_stream() -> None:
+    orders = [
+        shuffled(50, purpose=purpose, seed=seed, epoch=epoch).tolist()
+        for purpose in ("documents", "rows", "held-out")
+        for seed in (0, 50)
+        for epoch in (0, 50)
+    ]
+    assert len({tuple(order) for order in orders}) == 12
 
 
 # Isolation: the packed logits of each document equal those of the document alone

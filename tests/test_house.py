@@ -81,13 +81,33 @@ def test_moe_knows_neither_transformers_nor_process_groups() -> None:
 
 def test_only_checkpoint_opens_weight_files() -> None:
     wrong = [
-        f"{where}: imports {module}"
+        f"{path.relative_to(ROOT)}:{line}: {what}"
         for path in SOURCES
         if room(path) != "checkpoint"
-        for where, module in imports(path)
-        if module.split(".")[0] == "safetensors"
+        for line, what in opens_weights(tree(path))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from safetensors.torch import load_file",
+        "import safetensors",
+        "from moewright.checkpoint.tensorfile import read_tensor",
+        "from moewright.checkpoint import tensorfile",
+        "import moewright.checkpoint.tensorfile",
+        "(folder / 'model.safetensors').open('rb')",
+        "folder.glob(f'{name}.safetensors')",
+    ],
+)
+def test_the_rule_sees_who_opens_weights(line: str) -> None:
+    assert len(list(opens_weights(ast.parse(line)))) == 1
+
+
+def test_the_rule_lets_a_name_of_a_class_and_a_sentence_pass() -> None:
+    source = '"""Writes model.safetensors."""\nfrom moewright.checkpoint.tensorfile import LazyTensor, TensorInfo\n'
+    assert list(opens_weights(ast.parse(source))) == []
 
 
 def test_private_torch_names_live_in_one_file() -> None:
@@ -213,6 +233,20 @@ def dotted(node: ast.expr) -> str:
     if isinstance(node, ast.Attribute) and (head := dotted(node.value)):
         return f"{head}.{node.attr}"
     return ""
+
+
+def opens_weights(module: ast.Module) -> Iterator[tuple[int, str]]:
+    """Imports that can read or write a tensor file, and the name of such a file outside of a docstring."""
+    harmless = {f"moewright.checkpoint.tensorfile.{name}" for name in ("LazyTensor", "TensorInfo")}
+    for line, name in imports_of(module, package=""):
+        if name.split(".")[0] == "safetensors" or (
+            name.startswith("moewright.checkpoint.tensorfile") and name not in harmless
+        ):
+            yield line, f"imports {name}"
+    sentences = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and str(node.value).endswith(".safetensors") and id(node) not in sentences:
+            yield node.lineno, f"names {node.value}"
 
 
 def is_private_torch(name: str) -> bool:

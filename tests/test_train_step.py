@@ -28,7 +28,7 @@ class Recorder(torch.optim.SGD):
     """An optimiser that keeps the gradients it is given, and changes nothing."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.parameters())
+        super().__init__([{"params": list(model.parameters()), "ratio": 1.0}])
         self.model = model
 
     def step(self, closure: Any = None) -> None:
@@ -179,6 +179,19 @@ def test_the_optimiser_decays_matrices_only() -> None:
     assert not any("norm" in name or name.endswith("bias") for name in decayed)
     assert "model.layers.0.self_attn.q_proj.bias" in plain
     assert "lm_head.weight" in decayed
+
+
+def test_routers_have_a_rate_of_their_own() -> None:
+    model = sparse_model(balance_loss=0.1, z_loss=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.95), router_ratio=0.01)
+    settings = TrainConfig(steps=4, batch_size=10, learning_rate=1e-3, dtype="float32")
+    train_step(model, optimizer, uneven_batch(), step=1, settings=settings)
+    # AdamW's first step moves a coordinate by the learning rate, or less where its gradient is near epsilon.
+    for name, parameter in model.named_parameters():
+        moved = (parameter.detach() - before[name]).abs().max().item()
+        rate = 1e-5 if "router" in name else 1e-3
+        assert 0.5 * rate < moved < 1.01 * rate, name
 
 
 def test_adamw_is_the_formula() -> None:

@@ -246,24 +246,7 @@ def split_config(
     if not fields.get("use_sliding_window", True):
         changes["sliding_window"] = None  # Qwen keeps a width here also where no layer uses it
     config = backbone_config(dict(fields) | changes)
-    count, step, dense = config.num_hidden_layers, fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers")
-    experts = next((fields[key] for key in twin.experts_field if key in fields), None)
-    numbers = {
-        "decoder_sparse_step": step,
-        twin.experts_field[0]: experts,
-        "num_experts_per_tok": fields.get("num_experts_per_tok"),
-        twin.size_field: fields.get(twin.size_field),
-    }
-    for key, value in numbers.items():
-        if type(value) is not int or value < 1:
-            raise ModelError(
-                f"config.json of type {twin.model_type}: {key}={value!r}, where a whole number is expected"
-            )
-    if not (dense is None or (isinstance(dense, list) and all(type(layer) is int for layer in dense))):
-        raise ModelError(f"config.json of type {twin.model_type}: mlp_only_layers={dense!r} is no list of layers")
-    sparse = [layer for layer in range(count) if layer not in (dense or ()) and (layer + 1) % step == 0]
-    if not sparse:
-        raise ModelError(f"config.json of type {twin.model_type}: none of its {count} layers is sparse")
+    numbers, sparse = _sparse_layout(twin, fields, count=config.num_hidden_layers)
     if twin.shared_expert and fields.get("shared_expert_intermediate_size") != SHARED_EXPERT_SIZE:
         raise ModelError(
             f"shared_expert_intermediate_size={fields.get('shared_expert_intermediate_size')}: "
@@ -288,6 +271,28 @@ def split_config(
     if reason:
         raise ModelError(f"this {twin.model_type} folder cannot be read as {backbone} with sparse layers: {reason}")
     return twin, config, layers
+
+
+def _sparse_layout(twin: Twin, fields: Mapping[str, Any], *, count: int) -> tuple[dict[str, int], list[int]]:
+    """The numbers that a sparse config.json must give, by their fields, and which of its `count` layers are sparse."""
+    step, dense = fields.get("decoder_sparse_step", 1), fields.get("mlp_only_layers")
+    numbers = {
+        "decoder_sparse_step": step,
+        twin.experts_field[0]: next((fields[key] for key in twin.experts_field if key in fields), None),
+        "num_experts_per_tok": fields.get("num_experts_per_tok"),
+        twin.size_field: fields.get(twin.size_field),
+    }
+    for key, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise ModelError(
+                f"config.json of type {twin.model_type}: {key}={value!r}, where a whole number is expected"
+            )
+    if not (dense is None or (isinstance(dense, list) and all(type(layer) is int for layer in dense))):
+        raise ModelError(f"config.json of type {twin.model_type}: mlp_only_layers={dense!r} is no list of layers")
+    sparse = [layer for layer in range(count) if layer not in (dense or ()) and (layer + 1) % step == 0]
+    if not sparse:
+        raise ModelError(f"config.json of type {twin.model_type}: none of its {count} layers is sparse")
+    return numbers, sparse
 
 
 def is_sparse(fields: Mapping[str, Any]) -> bool:

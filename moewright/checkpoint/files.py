@@ -143,6 +143,23 @@ def file_inside(folder: Path, name: object) -> Path:
     return path
 
 
+def overlap(first: str | Path, second: str | Path) -> bool:
+    """Whether one of two folders is, or lies in, the other; links are followed, and neither needs to exist."""
+    real, other = Path(os.path.realpath(first)), Path(os.path.realpath(second))
+    return real.is_relative_to(other) or other.is_relative_to(real)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put ``text`` into the file at ``path``: a crash leaves what it held before or all of it, on the disk."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
 def some(names: list[str]) -> str:
     """The first five names, and how many more there are."""
     more = len(names) - 5
@@ -193,7 +210,8 @@ def writing(path: Path, refusal: type[MoewrightError] = ModelError) -> Iterator[
         yield
     except OSError as error:
         if error.errno in NO_ROOM:
-            free = shutil.disk_usage(path.parent).free
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            free = shutil.disk_usage(there).free
             raise ResourceError(
                 f"{path}: {error.strerror} ({free} bytes free); make room or choose another disk"
             ) from error

@@ -158,7 +158,7 @@ def _read_marker(path: Path) -> dict[str, FileRecord]:
     return records
 
 
-def load_state(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (on the CPU) and facts of a state that ``newest_state`` has returned.
 
     The hashes are not computed a second time; CheckpointError if the folder has changed since.

@@ -1,7 +1,6 @@
 """Writing model folders: beside the target, hashed, and put in place by one rename."""
 
 import contextlib
-import fcntl
 import json
 import os
 import warnings
@@ -15,6 +14,7 @@ from moewright.checkpoint.files import (
     copy_file,
     file_inside,
     json_bytes,
+    overlap,
     read_json,
     record_of,
     remove,
@@ -23,6 +23,7 @@ from moewright.checkpoint.files import (
     write_bytes,
     writing,
 )
+from moewright.checkpoint.lock import lock_folder
 from moewright.checkpoint.read import CONFIG, INDEX, RECORD, WEIGHTS, interrupted_name
 from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
 from moewright.errors import ModelError
@@ -73,8 +74,7 @@ class FolderWriter:
         self._records: dict[str, FileRecord] = {}
         self._committed = False
         for source in sources:
-            real = Path(os.path.realpath(source))
-            if self._home.is_relative_to(real) or real.is_relative_to(self._home):
+            if overlap(self._home, source):
                 raise ModelError(
                     f"{self.target}: would overwrite or mix with its source {source}; choose another folder"
                 )
@@ -195,30 +195,22 @@ class FolderWriter:
             except FileExistsError:
                 made = False
             try:
-                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                descriptor, locked = lock_folder(self.path)
             except FileNotFoundError:
                 continue  # its owner has just finished with it
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                os.close(descriptor)
                 raise ModelError(f"{self.target}: another process is writing it; wait for it or stop it") from error
-            except OSError as error:  # NFS, for one, has no such lock on folders
+            if not locked:
                 if not made:
                     os.close(descriptor)
                     raise ModelError(
                         f"{self.path}: left by another process, and this file system has no locks to tell whether it "
                         "still runs; remove the folder if it does not"
-                    ) from error
+                    )
                 warnings.warn(
                     f"{self.target}: no locks on this file system; let no other process write it", stacklevel=3
                 )
-                return descriptor
-            # The owner may have renamed or removed the folder between our opening and our locking it.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.lstat(self.path)):
-                    return descriptor
-            os.close(descriptor)
+            return descriptor
 
     def _mend(self) -> None:
         """Finish or undo an overwrite that was interrupted between its renames."""

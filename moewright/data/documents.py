@@ -5,6 +5,7 @@ file is one document of UTF-8 text.
 """
 
 import glob
+import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from moewright.checkpoint.files import record_of
 from moewright.errors import DataError
 
 FEATURES: Final = datasets.Features({"text": datasets.Value("large_string"), "source": datasets.Value("string")})
@@ -69,6 +71,18 @@ def expand(files: Sequence[str]) -> list[Path]:
     return list(found)
 
 
+def digest(files: Sequence[str]) -> str:
+    """sha256 (hex) over the kind and the bytes of every file that `files` names, in the order of reading.
+
+    Raises DataError as `expand`, and for a file that cannot be read.
+    """
+    whole = hashlib.sha256()
+    for path in expand(files):
+        with _readable(path):
+            whole.update(f"{path.suffix.lower()} {record_of(path)['sha256']}\n".encode())
+    return whole.hexdigest()
+
+
 def texts_of(path: Path, field: str = "text") -> Iterator[str]:
     """The documents of one file, in order; DataError as `read_documents`."""
     readers: dict[str, Callable[[Path, str], Iterator[str]]] = {
@@ -77,8 +91,14 @@ def texts_of(path: Path, field: str = "text") -> Iterator[str]:
         ".json": _read_json_lines,
         ".parquet": _read_parquet,
     }
-    try:
+    with _readable(path):
         yield from readers.get(path.suffix.lower(), _read_text)(path, field)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -97,8 +117,9 @@ def _read_json_lines(path: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error.msg}): one object a line is expected") from error
+            except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
+                why = getattr(error, "msg", error)
+                raise DataError(f"{path}:{number}: not JSON ({why}): one object a line is expected") from error
             if not isinstance(value, dict):
                 raise DataError(f"{path}:{number}: a JSON {type(value).__name__}, where an object is expected")
             if field not in value:
@@ -125,15 +146,21 @@ def _text(value: object, where: str, field: str) -> str:
     if not isinstance(value, str):
         found = "null" if value is None else type(value).__name__
         raise DataError(f"{where}: field {field!r} is {found}, where text is expected")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can say \ud800 alone, which UTF-8 cannot hold
+        raise DataError(f"{where}: field {field!r} has half a surrogate pair at character {error.start}") from error
     return value
 
 
 def _decode(raw: bytes, path: Path, *, offset: int = 0) -> str:
+    """The text of `raw`, which begins at byte `offset` of its file; a byte order mark at the beginning is dropped."""
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         place = offset + error.start
         raise DataError(f"{path}: not UTF-8 at byte {place} (0x{raw[error.start]:02x}): convert the file") from error
+    return text if offset else text.removeprefix("\ufeff")
 
 
 def _names(names: Sequence[str] | dict[str, object]) -> str:
@@ -153,10 +180,10 @@ def _without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Give the generator's own error back: datasets wraps whatever it raises."""
+    """Give the first error back (the generator's own, or a full disk): datasets wraps whatever is raised."""
     try:
         yield
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
+        if isinstance(error.__cause__, DataError | OSError):
             raise error.__cause__ from None
         raise

@@ -11,11 +11,12 @@ cache, transformers builds the block-diagonal mask from them. With `use_cache=Tr
 and documents leak into each other without a word.
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Literal, Self, get_args
 
 import datasets
 import numpy as np
@@ -28,6 +29,8 @@ from moewright.errors import DataError, ModelError
 
 IGNORE: Final = -100
 """The target of a position that predicts nothing (`ignore_index` of torch's cross entropy)."""
+
+Purpose = Literal["documents", "rows", "held-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,25 +140,24 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
-    vocabulary: int,
     seed: int,
     cache_dir: Path,
 ) -> PackedRows:
     """Tokenise the column `text` of `documents` and pack it.
 
     Each document gets the special tokens the tokenizer itself puts before a text (a begin token where
-    the model was trained with one) and the end token after it. `vocabulary` is the number of rows of
-    the model's embedding. The tokens stand in a memory-mapped file below `cache_dir`, 4 bytes each.
+    the model was trained with one) and the end token after it. The tokens stand in a
+    memory-mapped file below `cache_dir`, 4 bytes each.
 
     Raises:
-        ModelError: the tokenizer has no end token, or gives a token that the embedding has no row for.
+        ModelError: the tokenizer has no end token.
         DataError: no document has a token.
     """
     end_token = tokenizer.eos_token_id
     if not isinstance(end_token, int):
         raise ModelError("the tokenizer has no end token (eos_token): set it in its tokenizer_config.json")
     lengths: list[int] = []
-    order = np.random.default_rng(seed).permutation(len(documents))
+    order = shuffled(len(documents), purpose="documents", seed=seed)
     cache_dir.mkdir(parents=True, exist_ok=True)
     path = cache_dir / f"tokens-{len(list(cache_dir.glob('tokens-*')))}.bin"
     with path.open("xb") as file:
@@ -163,7 +165,6 @@ def pack(
             for ids in tokenizer(texts["text"], return_attention_mask=False, verbose=False)["input_ids"]:
                 closed = ids if ids[-1:] == [end_token] else [*ids, end_token]
                 if len(closed) > 1:
-                    _check(max(closed), vocabulary)
                     np.asarray(closed, dtype=np.int32).tofile(file)
                     lengths.append(len(closed))
     if not lengths:
@@ -172,12 +173,14 @@ def pack(
     return PackedRows(tokens, lengths=np.asarray(lengths), sequence_length=sequence_length, end_token=end_token)
 
 
-def _check(token: int, vocabulary: int) -> None:
-    if token >= vocabulary:
-        raise ModelError(
-            f"the tokenizer gives token {token}, but the embedding has {vocabulary} rows: "
-            "this tokenizer does not belong to this model"
-        )
+def shuffled(count: int, *, purpose: Purpose, seed: int, epoch: int = 0) -> NDArray[np.int64]:
+    """The numbers 0 to `count` - 1 in an order that `seed`, `epoch` and what it is for determine together."""
+    return np.random.default_rng([get_args(Purpose).index(purpose) + 1, seed, epoch]).permutation(count)
+
+
+@functools.lru_cache(maxsize=1)
+def _row_order(total: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return shuffled(total, purpose="rows", seed=seed, epoch=epoch)
 
 
 def rows_at(position: int, *, count: int, total: int, seed: int) -> list[int]:
@@ -189,6 +192,5 @@ def rows_at(position: int, *, count: int, total: int, seed: int) -> list[int]:
     rows: list[int] = []
     while len(rows) < count:
         epoch, offset = divmod(position + len(rows), total)
-        order = np.random.default_rng([seed, epoch]).permutation(total)
-        rows += order[offset : offset + count - len(rows)].tolist()
+        rows += _row_order(total, seed, epoch)[offset : offset + count - len(rows)].tolist()
     return rows

@@ -7,15 +7,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from moewright.errors import ModelError
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the folder's tokenizer, from its files alone; `ModelError` if there is none that loads."""
+def load_tokenizer(folder: str | Path, *, vocabulary: int | None = None) -> PreTrainedTokenizerBase:
+    """Load the folder's tokenizer, from its files alone, for a model whose embedding has `vocabulary` rows.
+
+    Raises ModelError: there is no tokenizer that loads, or it has a token without a row in the embedding.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the Rust library raises nothing narrower for a broken tokenizer.json
         why = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{folder}: no tokenizer that loads ({why}); copy the model's tokenizer files there"
         ) from error
+    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if vocabulary is not None and size > vocabulary:
+        raise ModelError(
+            f"{folder}: the tokenizer has {size} tokens, but the model's embedding has {vocabulary} rows: "
+            "copy the tokenizer that belongs to the model there"
+        )
     return tokenizer

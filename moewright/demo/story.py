@@ -87,7 +87,8 @@ def tell(out: Path, console: Console, *, sizes: Sizes, write_model: Callable[[Pa
     say(f"Train the dense model, the baseline: {steps} steps")
     dense_run = run_verb("train", str(_write_run_file(runs["dense"], dense, found)))
     say(f"Train the mixture of experts on the same tokens in the same order: {steps} steps")
-    moe_run = run_verb("train", str(_write_run_file(runs["moe"], sparse, found)))
+    ratio = sizes.router_learning_rate_ratio
+    moe_run = run_verb("train", str(_write_run_file(runs["moe"], sparse, found, router_ratio=ratio)))
 
     say("Measure both again")
     dense_after, moe_after = (
@@ -146,8 +147,8 @@ def _choose_steps(sizes: Sizes, base: Finished, start: Finished) -> tuple[int, s
     return steps, f"{steps} of {wanted} steps of {batch} tokens, {steps * batch} in all, since {rate}"
 
 
-def _write_run_file(run: Path, model: Path, found: Findings) -> Path:
-    """The run file of one of the two runs; they differ in nothing but `model` and `out`."""
+def _write_run_file(run: Path, model: Path, found: Findings, *, router_ratio: float | None = None) -> Path:
+    """The run file of one of the two runs; they differ in `model`, `out` and the rate of the routers."""
     sizes, steps = found.sizes, found.steps
     path = run.with_suffix(".toml")
     text = f"""\
@@ -163,13 +164,14 @@ steps = {steps}
 batch_size = {sizes.batch_size}
 micro_batch_size = {max(1, sizes.batch_size // 2)}
 learning_rate = {sizes.learning_rate}
-router_learning_rate_ratio = {sizes.router_learning_rate_ratio}
 schedule = "cosine"
 warmup_steps = {max(1, steps // 8)}
 dtype = "float32"
 seed = {sizes.seed}
 eval_every = {max(1, steps // 2)}
 """
+    if router_ratio is not None:
+        text += f"router_learning_rate_ratio = {router_ratio}\n"
     path.write_text(text, encoding="utf-8")
     return path
 

@@ -5,14 +5,15 @@ Each room owns its part; this file owns `[train]` and `[moe]`, composes the tree
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from moewright.checkpoint.files import overlap
 from moewright.data.config import DataConfig
 from moewright.errors import UsageError
 from moewright.train.schedule import Schedule
-from moewright.train.tree import build, merge_overrides
+from moewright.train.tree import Override, build, merge_overrides
 from moewright.upcycle.config import UpcycleConfig
 
 
@@ -52,6 +53,9 @@ class TrainConfig:
 
     learning_rate: float = 1e-4
     """The peak, reached at the end of the warm-up."""
+
+    router_learning_rate_ratio: float = 1.0
+    """The routers' learning rate as a share of the others'; a small one keeps virtual groups together at first."""
 
     min_learning_rate_ratio: float = 0.1
     """Where cosine and wsd end, as a share of the peak."""
@@ -112,6 +116,7 @@ class TrainConfig:
             raise UsageError(f"train.learning_rate = {self.learning_rate}: it must be more than 0")
         if not 0 <= self.min_learning_rate_ratio <= 1:
             raise UsageError(f"train.min_learning_rate_ratio = {self.min_learning_rate_ratio}: it must be 0 to 1")
+        _at_least("train.router_learning_rate_ratio", self.router_learning_rate_ratio, 0)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"train.{name} = {getattr(self, name)}: it must be 0 or more and less than 1")
@@ -163,8 +168,8 @@ class RunConfig:
         for name in ("model", "out"):
             if not getattr(self, name):
                 raise UsageError(f"{name} is empty: name a folder")
-        if Path(self.out).resolve() == Path(self.model).resolve():
-            raise UsageError(f"out = {self.out} is the model's own folder: name another one")
+        if overlap(self.out, self.model):
+            raise UsageError(f"out = {self.out} is, holds or lies in the model's folder {self.model}: name another one")
 
     @property
     def batch_rows(self) -> int:
@@ -175,8 +180,28 @@ class RunConfig:
         return self.train.batch_tokens // self.data.sequence_length
 
 
+def ignored_settings(config: RunConfig, *, sparse: bool) -> list[str]:
+    """What `config` sets to no effect, in words; `sparse` says whether the model has mixture-of-experts layers."""
+    data, train = config.data, config.train
+    found = [
+        (f"moe.{field.name}", getattr(config.moe, field.name), "the model has no mixture-of-experts layers")
+        for field in fields(config.moe)
+        if not sparse and getattr(config.moe, field.name) != field.default
+    ]
+    if not sparse and train.router_learning_rate_ratio != TrainConfig.router_learning_rate_ratio:
+        ratio = train.router_learning_rate_ratio
+        found.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
+    if train.schedule == "constant" and train.min_learning_rate_ratio != TrainConfig.min_learning_rate_ratio:
+        found.append(("train.min_learning_rate_ratio", train.min_learning_rate_ratio, "train.schedule is constant"))
+    if data.eval_files and data.eval_fraction != DataConfig.eval_fraction:
+        found.append(("data.eval_fraction", data.eval_fraction, "data.eval_files is given"))
+    return [f"{name} = {value} is ignored: {why}" for name, value, why in found]
+
+
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the run file at `path`, put `overrides` (`--section.key value`, ...) into it, and check the result.
+
+    An override of `train.batch_tokens` takes the place of the file's `train.batch_size`, and the reverse.
 
     Raises UsageError: no such file, not TOML, an unknown key, a wrong type or value.
     """
@@ -188,7 +213,18 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}: a run file is TOML") from error
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: not TOML: {error}") from error
-    return build(RunConfig, merge_overrides(mapping, overrides), source=str(path))
+    merged = merge_overrides(mapping, overrides)
+    _let_overrides_choose(merged, "batch_size", "batch_tokens")
+    return build(RunConfig, merged, source=str(path))
+
+
+def _let_overrides_choose(merged: dict[str, Any], *names: str) -> None:
+    """Of settings of `[train]` that exclude each other, an override displaces those of the file."""
+    table = merged.get("train")
+    if isinstance(table, dict) and any(isinstance(table.get(name), Override) for name in names):
+        for name in names:
+            if not isinstance(table.get(name), Override):
+                table.pop(name, None)
 
 
 def _at_least(name: str, value: float, least: int) -> None:

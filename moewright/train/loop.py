@@ -2,13 +2,13 @@
 
 import math
 import random
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,20 @@ from moewright.backbone.graft import moe_layers, routing_context
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
 from moewright.data.pack import IGNORE, Batch, PackedRows, rows_at
-from moewright.errors import CheckpointError, Preempted, UsageError
+from moewright.errors import CheckpointError, MoewrightError, Preempted
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
 from moewright.train.console import TrainingProgress
+from moewright.train.folder import (
+    CHECKPOINTS,
+    EVALUATIONS,
+    FINAL,
+    METRICS,
+    cache_in,
+    open_run,
+    record_run,
+    recorded_run,
+)
 from moewright.train.metrics import (
     Board,
     JsonLines,
@@ -38,12 +48,7 @@ from moewright.train.metrics import (
 from moewright.train.optim import make_optimizer
 from moewright.train.resume import Position, StopRequest, stop_on_signals
 from moewright.train.schedule import learning_rate
-from moewright.train.start import Start, start
-from moewright.train.tree import to_toml
-
-CHECKPOINTS: Final = "checkpoints"
-FINAL: Final = "final"
-CACHE: Final = "cache"
+from moewright.train.start import Start, start, text_digests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,29 +74,32 @@ class TrainResult:
 def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
     """Run `config` to its end, from its newest checkpoint if there is one; progress is shown on `console`.
 
-    Writes below `config.out`: `config.toml` (resolved), `metrics.jsonl`, `evaluations.jsonl`,
-    `checkpoints/`, and at the end `final/`. On CPU in float32, a run that was stopped and started
-    again is equal to the last bit to one that was not.
+    Writes below `config.out`: `config.toml` (resolved), `moewright-run.json` (what identifies the run),
+    `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, and at the end `final/`. On CPU in float32, with the same
+    number of threads, a run that was stopped and started again is equal to the last bit to one that was not.
 
     Raises:
         UsageError, ModelError, DataError: what is asked for cannot be trained; nothing was written.
+        ResourceError: the disk is full; no step that was made is lost if its state still fits.
         CheckpointError: the folder belongs to another run, or the loss is no longer finite.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call goes on from it.
     """
     folder, progress = Path(config.out), TrainingProgress(console)
-    if _is_finished(config, folder):
-        progress.note(f"{folder} is finished ({config.train.steps} steps): nothing to do")
+    with open_run(folder):
+        if (folder / FINAL).exists():
+            _require_same_finished(config, folder)
+            progress.note(f"{folder} is finished ({config.train.steps} steps): nothing to do")
+            return _result(folder)
+        if config.train.tensorboard:
+            require_tensorboard()
+        _seed_everything(config.train.seed)
+        with cache_in(folder) as cache:
+            started = start(config, cache_dir=cache)
+            run = _Run(config, started, progress)
+            record_run(folder, config=config, identity=run.identity, sources=started.sources)
+            with stop_on_signals() as stop, progress:
+                run.to_the_end(stop)
         return _result(folder)
-    _require_run_folder(folder)
-    if config.train.tensorboard:
-        require_tensorboard()
-    _seed_everything(config.train.seed)
-    with _cache_in(folder) as cache:
-        run = _Run(config, start(config, cache_dir=cache), progress)
-        (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        with stop_on_signals() as stop, progress:
-            run.to_the_end(stop)
-    return _result(folder)
 
 
 def train_step(
@@ -132,7 +140,7 @@ def train_step(
         min_ratio=settings.min_learning_rate_ratio,
     )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return record | {"lr": rate, "step_tokens": real, "step_targets": targets} | tally.record()
@@ -154,17 +162,30 @@ def language_loss(model: PreTrainedModel, batch: Batch, *, dtype: str) -> Tensor
 
 @torch.no_grad()
 def held_out_loss(
-    model: PreTrainedModel, rows: PackedRows, *, max_rows: int, micro_batch_size: int, dtype: str
-) -> tuple[float, int]:
-    """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a token, and how many targets."""
+    model: PreTrainedModel,
+    rows: PackedRows,
+    *,
+    max_rows: int,
+    micro_batch_size: int,
+    dtype: str,
+    stop: StopRequest | None = None,
+) -> tuple[float, int] | None:
+    """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a token, and how many targets.
+
+    None when `stop` is asked for before the end.
+    """
     count = min(max_rows, len(rows)) if max_rows else len(rows)
     total, targets = 0.0, 0
     model.eval()
-    for first in range(0, count, micro_batch_size):
-        batch = rows.batch(range(first, min(first + micro_batch_size, count)))
-        total += float(language_loss(model, batch.to(model.device), dtype=dtype))
-        targets += int((batch.targets != IGNORE).sum())
-    model.train()
+    try:
+        for first in range(0, count, micro_batch_size):
+            if stop is not None and stop.signal is not None:
+                return None
+            batch = rows.batch(range(first, min(first + micro_batch_size, count)))
+            total += float(language_loss(model, batch.to(model.device), dtype=dtype))
+            targets += int((batch.targets != IGNORE).sum())
+    finally:
+        model.train()
     return total / targets, targets
 
 
@@ -175,28 +196,37 @@ class _Run:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
         self.started, self.model = started, started.model
         betas = (self.settings.beta1, self.settings.beta2)
-        self.optimizer = make_optimizer(self.model, weight_decay=self.settings.weight_decay, betas=betas)
+        self.optimizer = make_optimizer(
+            self.model,
+            weight_decay=self.settings.weight_decay,
+            betas=betas,
+            router_ratio=self.settings.router_learning_rate_ratio,
+        )
         self.identity = resume.identity(config, content=started.content)
+        self.saved: int | None = None  # the step of the newest checkpoint
         self.position = self._newest_position()
 
     def to_the_end(self, stop: StopRequest) -> None:
         """The steps that are left, then the model's folder."""
         position, steps, every = self.position, self.settings.steps, self.settings.checkpoint_every
+        kept = -1 if self.saved is None else self.saved  # the last step whose lines stay
         with ExitStack() as stack:
-            lines = stack.enter_context(JsonLines(self.folder / "metrics.jsonl", after=position.step))
-            evaluations = stack.enter_context(JsonLines(self.folder / "evaluations.jsonl", after=position.step))
-            board = Board(self.folder / "tensorboard", after=position.step) if self.settings.tensorboard else None
+            lines = stack.enter_context(JsonLines(self.folder / METRICS, after=kept))
+            evaluations = stack.enter_context(JsonLines(self.folder / EVALUATIONS, after=kept))
+            board = Board(self.folder / "tensorboard", after=kept) if self.settings.tensorboard else None
             if board is not None:
                 stack.callback(board.close)
             self.progress.begin(step=position.step, steps=steps)
-            while position.step < steps:
+            while True:
+                self._evaluate_if_due(evaluations, board, stop)
                 if stop.signal is not None:
                     self._save()
                     raise Preempted(
                         f"{stop.signal.name}: stopped and saved after step {position.step} of {steps}; "
                         "the same command goes on from there"
                     )
-                self._evaluate_if_due(evaluations, board)
+                if position.step == steps:
+                    break
                 record = self._step()
                 lines.write(record)
                 self.progress.stepped(record)
@@ -204,11 +234,17 @@ class _Run:
                     board.write(record, group="train")
                 if every and (position.step % every == 0 or position.step == steps):
                     self._save()
-            self._evaluate_if_due(evaluations, board)
+        self._write_final()
+
+    def _write_final(self) -> None:
         self._require_finite_model()
-        training = {"steps": steps, "tokens": position.tokens, "identity": self.identity}
+        training = {"steps": self.settings.steps, "tokens": self.position.tokens, "identity": self.identity}
         record = self.started.record | {"training": training}
-        save_model(self.model, self.folder / FINAL, companions=Path(self.config.model), record=record)
+        try:
+            save_model(self.model, self.folder / FINAL, companions=Path(self.config.model), record=record)
+        except (MoewrightError, OSError):
+            self._save()  # the steps are not to be made again
+            raise
 
     def _step(self) -> dict[str, Any]:
         began, position, count = time.perf_counter(), self.position, self.config.batch_rows
@@ -228,20 +264,24 @@ class _Run:
             "peak_memory_bytes": peak_memory(self.model.device),
         }
 
-    def _evaluate_if_due(self, evaluations: JsonLines, board: Board | None) -> None:
+    def _evaluate_if_due(self, evaluations: JsonLines, board: Board | None, stop: StopRequest) -> None:
         step, every = self.position.step, self.settings.eval_every
         due = step in (0, self.settings.steps) or (every and step % every == 0)
         held_out = self.started.held_out
         if held_out is None or not due or step in evaluations.steps:
             return
         began = time.perf_counter()
-        loss, tokens = held_out_loss(
+        found = held_out_loss(
             self.model,
             held_out,
             max_rows=self.config.data.eval_rows,
             micro_batch_size=self.settings.micro_batch_size,
             dtype=self.settings.dtype,
+            stop=stop,
         )
+        if found is None:
+            return
+        loss, tokens = found
         _require_finite({"held-out loss": loss}, step)
         record = {"step": step, "loss": loss, "tokens": tokens, "seconds": time.perf_counter() - began}
         evaluations.write(record)
@@ -250,6 +290,8 @@ class _Run:
             board.write(record, group="evaluation")
 
     def _save(self) -> None:
+        if self.saved == self.position.step:
+            return
         self._require_finite_model()
         resume.save(
             self.folder / CHECKPOINTS,
@@ -259,6 +301,7 @@ class _Run:
             identity=self.identity,
             keep=self.settings.keep_checkpoints,
         )
+        self.saved = self.position.step
 
     def _require_finite_model(self) -> None:
         """A step with a finite gradient can still overflow a parameter; such a model is not saved."""
@@ -271,51 +314,33 @@ class _Run:
         for reason in reasons:
             self.progress.note(f"checkpoint not used: {reason}")
         if path is None:
-            if (self.folder / "metrics.jsonl").exists():
-                self.progress.note(f"{self.folder} has no checkpoint yet: beginning at step 0 again")
+            self._require_same_history()
             return Position()
-        position = resume.restore(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
+        position = resume.restore(
+            path, model=self.model, optimizer=self.optimizer, identity=self.identity, note=self.progress.note
+        )
+        self.saved = position.step
         self.progress.note(f"resuming after step {position.step} of {self.settings.steps}, from {path}")
         return position
 
-
-def _is_finished(config: RunConfig, folder: Path) -> bool:
-    """Whether `final` is there; CheckpointError when a run with other settings wrote it."""
-    if not (folder / FINAL).exists():
-        return False
-    found = (ModelFolder(folder / FINAL).record or {}).get("training", {}).get("identity", {})
-    content = {name: found.get(name, "") for name in resume.CONTENT}  # not worth reading all the text again
-    resume.require_same_run(found, resume.identity(config, content=content), where=folder / FINAL)
-    return True
-
-
-def _require_run_folder(folder: Path) -> None:
-    """UsageError unless `folder` is new, empty, or holds a run."""
-    if not folder.exists() or (folder / "config.toml").exists():
-        return
-    if not folder.is_dir():
-        raise UsageError(f"out = {folder} is a file: name a new folder")
-    if any(path.name != CACHE for path in folder.iterdir()):  # a run killed at its start leaves its cache
-        raise UsageError(f"out = {folder} is not empty and holds no run (no config.toml): name a new folder")
+    def _require_same_history(self) -> None:
+        """Before a start from step 0: what was reported there without a checkpoint is dropped only for the same run."""
+        lines = [line for name in (METRICS, EVALUATIONS) for line in read_json_lines(self.folder / name)]
+        if not lines:
+            return
+        resume.require_same_run(recorded_run(self.folder)[0], self.identity, where=self.folder)
+        warnings.warn(
+            f"{self.folder}: {max(line['step'] for line in lines)} steps were made and no checkpoint was saved: "
+            "beginning at step 0 again; set train.checkpoint_every",
+            stacklevel=2,
+        )
 
 
-@contextmanager
-def _cache_in(folder: Path) -> Iterator[Path]:
-    """The run's folder, made if need be, with an empty cache in it that goes away at the end.
-
-    Folders that were made here and hold nothing go away too: a run that cannot start leaves no trace.
-    """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    cache = folder / CACHE
-    shutil.rmtree(cache, ignore_errors=True)  # of a run that was killed
-    cache.mkdir(parents=True)
-    try:
-        yield cache
-    finally:
-        shutil.rmtree(cache)
-        for path in made:
-            if not any(path.iterdir()):
-                path.rmdir()
+def _require_same_finished(config: RunConfig, folder: Path) -> None:
+    """CheckpointError when the run in `folder`, which is finished, is not the one that `config` describes now."""
+    found, sources = recorded_run(folder)
+    content = {"model": ModelFolder(config.model).fingerprint(), **text_digests(config.data)}
+    resume.require_same_run(found | sources, resume.identity(config, content=content), where=folder / FINAL)
 
 
 def _seed_everything(seed: int) -> None:
@@ -338,8 +363,9 @@ def _diverged(step: int, what: str) -> CheckpointError:
 
 
 def _result(folder: Path) -> TrainResult:
-    records = read_json_lines(folder / "metrics.jsonl")
-    evaluations = read_json_lines(folder / "evaluations.jsonl")
+    records, evaluations = (read_json_lines(folder / name) for name in (METRICS, EVALUATIONS))
+    if not records:
+        raise CheckpointError(f"{folder / METRICS} has no step of the finished run: restore it, or name a new `out`")
     return TrainResult(
         steps=records[-1]["step"],
         tokens=records[-1]["tokens"],

@@ -13,25 +13,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from moewright.checkpoint.files import replace_text
 from moewright.errors import UsageError
 from moewright.moe.layer import MoELayer
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with its `step`, on disk as soon as it is written.
+    """A file of one JSON object a line, each with its `step`; a line is on the disk when `write` returns.
 
-    On opening, lines after step `after` are dropped, and so is a line that a crash cut short: they
-    belong to steps that are made again.
+    On opening, lines after step `after` are dropped, since they belong to steps that are made again, and so is all
+    that follows a damaged line.
     """
 
     def __init__(self, path: Path, *, after: int) -> None:
         kept = [line for line in read_json_lines(path) if line["step"] <= after]
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_text(path, "".join(_line(record) for record in kept))
         self.steps = {line["step"] for line in kept}
         self._file = path.open("a", encoding="utf-8")
 
@@ -39,6 +35,7 @@ class JsonLines:
         """Append `record`, which has a `step`."""
         self._file.write(_line(record))
         self._file.flush()
+        os.fsync(self._file.fileno())
         self.steps.add(record["step"])
 
     def __enter__(self) -> Self:
@@ -51,11 +48,23 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file that `JsonLines` wrote; none when there is no such file."""
+    """The lines of a file that `JsonLines` wrote, up to the first damaged one; none when there is no such file.
+
+    A crash can cut the last line short, and a power cut can leave zeros in its place.
+    """
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # what follows the last line end was cut short
-    return [json.loads(line) for line in lines]
+    *lines, _ = path.read_bytes().split(b"\n")
+    records: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            record = json.loads(line.decode())
+        except ValueError:
+            break
+        if not (isinstance(record, dict) and type(record.get("step")) is int):
+            break
+        records.append(record)
+    return records
 
 
 def _line(record: Mapping[str, Any]) -> str:

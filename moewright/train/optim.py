@@ -1,23 +1,32 @@
 """The optimiser, and its state by parameter name."""
 
-from collections.abc import Mapping
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
+from moewright.moe.router import Router
+
 MOMENTS: Final = ("step", "exp_avg", "exp_avg_sq")
 
 
-def make_optimizer(model: nn.Module, *, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW over all parameters, decay on matrices only (not on norms and biases); its `lr` is set at each step."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    plain = {name for name, parameter in parameters.items() if parameter.dim() < 2 or name.endswith("bias")}
-    groups = [
-        {"params": [parameters[name] for name in parameters if name not in plain], "weight_decay": weight_decay},
-        {"params": [parameters[name] for name in parameters if name in plain], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas, fused=True)
+def make_optimizer(
+    model: nn.Module, *, weight_decay: float, betas: tuple[float, float], router_ratio: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW over all parameters, decay on matrices only (not on norms and biases).
+
+    Each group's `ratio` is what the step's learning rate is multiplied with: `router_ratio` for the routers of
+    MoELayers, 1 for the rest. The `lr` of the groups is set at each step.
+    """
+    routers = {id(module.weight) for module in model.modules() if isinstance(module, Router)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.dim() < 2 or name.endswith("bias") else weight_decay
+            ratio = router_ratio if id(parameter) in routers else 1.0
+            groups.setdefault((decay, ratio), []).append(parameter)
+    options = [{"params": group, "weight_decay": decay, "ratio": ratio} for (decay, ratio), group in groups.items()]
+    return torch.optim.AdamW(options, lr=0.0, betas=betas, fused=True)
 
 
 def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -30,10 +39,10 @@ def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]
     }
 
 
-def set_moments(model: nn.Module, optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `moments` returned back; every parameter has all of its tensors there, or none."""
+def set_moments(model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
+    """Take what `moments` returned out of `tensors`, not copied; every parameter has all of its tensors, or none."""
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors:
             optimizer.state[parameter] = {
-                moment: tensors[f"{moment}.{name}"].to(parameter.device, copy=True) for moment in MOMENTS
+                moment: tensors.pop(f"{moment}.{name}").to(parameter.device) for moment in MOMENTS
             }

@@ -3,7 +3,7 @@
 import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from moewright.checkpoint.state import load_state, save_state
 from moewright.errors import CheckpointError
 from moewright.train.config import RunConfig
 from moewright.train.optim import moments, set_moments
-from moewright.train.tree import flatten
+from moewright.train.tree import defaults, flatten
 
 FREE: Final = frozenset(
     {
@@ -54,15 +54,19 @@ def identity(config: RunConfig, *, content: Mapping[str, str]) -> dict[str, Any]
 
 
 def require_same_run(found: Mapping[str, Any], expected: Mapping[str, Any], *, where: Path) -> None:
-    """CheckpointError, naming what has changed, unless both identities agree on the settings they share."""
-    changed = []
+    """CheckpointError, naming what has changed, unless both identities agree.
+
+    A setting that one of them lacks has its default there: versions may add settings.
+    """
+    changed, default = [], defaults(RunConfig)
     for name in sorted(found.keys() | expected.keys()):
-        was, now = found.get(name), expected.get(name)
+        was, now = (identity.get(name, default.get(name)) for identity in (found, expected))
         if was != now:
             changed.append(f"{name} (other content)" if name in CONTENT else f"{name} ({was} then, {now} now)")
     if changed:
         raise CheckpointError(
-            f"{where} belongs to a run with other settings: {', '.join(changed)}; restore them or choose another `out`"
+            f"{where} belongs to a run with other settings: {', '.join(changed)}; "
+            "restore them, choose another `out`, or delete the run's folder"
         )
 
 
@@ -88,31 +92,37 @@ def save(
         "step": position.step,
         "tokens": position.tokens,
         "identity": dict(identity),
+        "threads": torch.get_num_threads(),
         "random": {"python": random.getstate(), "numpy": _plain(np.random.get_state(legacy=False))},
     }
     return save_state(root, step=position.step, tensors=tensors, facts=facts, keep=keep)
 
 
-def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.AdamW, identity: Mapping[str, Any]) -> Position:
+def restore(
+    path: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    identity: Mapping[str, Any],
+    note: Callable[[str], None],
+) -> Position:
     """Load the checkpoint at `path` into `model`, `optimizer` and the random number generators.
+
+    `note` is told what keeps the run from going on to the last bit as it would have.
 
     Raises CheckpointError: it belongs to a run with other settings, model or data.
     """
     tensors, facts = load_state(path)
     require_same_run(facts["identity"], identity, where=path)
-    targets = model_tensors(model)
-    saved = {name.removeprefix("model."): name for name in tensors if name.startswith("model.")}
-    if different := sorted(targets.keys() ^ saved.keys()):
-        raise CheckpointError(f"{path} holds another model: it differs in {len(different)} tensors, as {different[0]}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            if tensors[saved[name]].shape != target.shape:
-                found, wanted = tuple(tensors[saved[name]].shape), tuple(target.shape)
-                raise CheckpointError(f"{path} holds another model: {name} has shape {found}, the model's has {wanted}")
-            target.copy_(tensors[saved[name]])
+    now = torch.get_num_threads()
+    if (then := facts.get("threads", now)) != now:
+        note(f"torch has {now} threads and had {then} when {path} was saved: sums will be rounded otherwise")
+    _fill(model, tensors, path)
     prefix = "optimizer."
     set_moments(
-        model, optimizer, {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        model,
+        optimizer,
+        {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)},
     )
     torch.set_rng_state(tensors["random.torch"])
     if "random.cuda" in tensors and torch.cuda.is_available():
@@ -121,6 +131,21 @@ def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.AdamW, ident
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(facts["random"]["numpy"])
     return Position(step=facts["step"], tokens=facts["tokens"])
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Move the tensors `model.*` of the checkpoint at `path` into the model; each is dropped once it is copied."""
+    targets = model_tensors(model)
+    saved = {name.removeprefix("model."): name for name in tensors if name.startswith("model.")}
+    if different := sorted(targets.keys() ^ saved.keys()):
+        raise CheckpointError(f"{path} holds another model: it differs in {len(different)} tensors, as {different[0]}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            tensor = tensors.pop(saved[name])
+            if tensor.shape != target.shape:
+                found, wanted = tuple(tensor.shape), tuple(target.shape)
+                raise CheckpointError(f"{path} holds another model: {name} has shape {found}, the model's has {wanted}")
+            target.copy_(tensor)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

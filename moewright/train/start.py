@@ -1,5 +1,6 @@
 """What a run starts from: its model, its rows of tokens, and the content that identifies both."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,17 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moewright.backbone.folder import load_model, twin_of
-from moewright.backbone.graft import set_losses
+from moewright.backbone.graft import moe_layers, set_losses
+from moewright.backbone.layout import slots
+from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.config import DataConfig
-from moewright.data.documents import read_documents
-from moewright.data.pack import PackedRows, pack
+from moewright.data.documents import digest, expand, read_documents
+from moewright.data.pack import PackedRows, pack, shuffled
 from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError
 from moewright.moe.kernels import kernel_named
-from moewright.train.config import RunConfig
+from moewright.train.config import RunConfig, ignored_settings
 from moewright.upcycle.apply import upcycle_model
 
 
@@ -38,6 +41,8 @@ class Start:
     """Where a sparse model comes from, for the `moewright.json` of the trained one."""
     content: dict[str, str]
     """sha256 of the model folder and of both sets of rows, by the name of the setting that chose them."""
+    sources: dict[str, str]
+    """`text_digests` of the text."""
 
 
 def start(config: RunConfig, *, cache_dir: Path) -> Start:
@@ -48,6 +53,8 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
     kernel_named(config.moe.kernel)
     device = device_of(config)
     source = ModelFolder(config.model)
+    _require_possible(config.data, source)
+    sources = text_digests(config.data)
     if config.upcycle is None:
         model = load_model(config.model, dtype=torch.float32)
         record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
@@ -55,15 +62,17 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
         model, record = upcycle_model(config.model, config.upcycle, dtype=torch.float32)
     moe = config.moe
     set_losses(model, balance_loss=moe.balance_loss, z_loss=moe.z_loss, kernel=moe.kernel)
-    twin_of(model)  # what cannot be written at the end is refused now
+    for text in ignored_settings(config, sparse=bool(moe_layers(model))):
+        warnings.warn(text, stacklevel=2)
+    # What cannot be written at the end is refused now.
+    require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in slots(model, twin_of(model))))
     if config.train.gradient_checkpointing:
         recompute_blocks(model)
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     rows, held_out = _read_rows(
         config.data,
-        load_tokenizer(config.model),
-        vocabulary=embedding.num_embeddings,
+        load_tokenizer(config.model, vocabulary=embedding.num_embeddings),
         seed=config.train.seed,
         cache_dir=cache_dir,
     )
@@ -73,7 +82,28 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
         "data.eval_files": held_out.fingerprint() if held_out else "",
     }
     nn.Module.to(model, device)  # in place; transformers wraps its own `to` in a way that type checkers misread
-    return Start(model=model.train(), rows=rows, held_out=held_out, content=content, record=record)
+    return Start(model=model.train(), rows=rows, held_out=held_out, record=record, content=content, sources=sources)
+
+
+def text_digests(data: DataConfig) -> dict[str, str]:
+    """sha256 of the files of text, by the name of the setting that chose them; DataError if one is not there.
+
+    Two runs with the same digests, settings and model have the same rows; this needs no tokenizer to tell.
+    """
+    held_out = digest(data.eval_files) if data.eval_files else ""
+    return {"data.files": digest(data.files), "data.eval_files": held_out}
+
+
+def _require_possible(data: DataConfig, source: ModelFolder) -> None:
+    """Refuse what can be told before the model is loaded."""
+    if twice := {path.resolve() for path in expand(data.files)} & {path.resolve() for path in expand(data.eval_files)}:
+        raise UsageError(f"{min(twice)} is in data.files and in data.eval_files: hold out what is not trained on")
+    positions = source.config.get("max_position_embeddings")
+    if isinstance(positions, int) and data.sequence_length > positions:
+        raise UsageError(
+            f"data.sequence_length = {data.sequence_length}, but the model has {positions} positions "
+            "(max_position_embeddings): make it at most that"
+        )
 
 
 def recompute_blocks(model: PreTrainedModel) -> None:
@@ -93,14 +123,13 @@ def device_of(config: RunConfig) -> torch.device:
 
 
 def _read_rows(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, vocabulary: int, seed: int, cache_dir: Path
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, cache_dir: Path
 ) -> tuple[PackedRows, PackedRows | None]:
     def packed(documents: datasets.Dataset) -> PackedRows:
         return pack(
             documents,
             tokenizer,
             sequence_length=data.sequence_length,
-            vocabulary=vocabulary,
             seed=seed,
             cache_dir=cache_dir,
         )
@@ -118,5 +147,5 @@ def _read_rows(
         )
         return packed(documents), None
     count = min(max(1, round(data.eval_fraction * len(documents))), len(documents) - 1)
-    order = np.random.default_rng([seed, len(documents)]).permutation(len(documents))
+    order = shuffled(len(documents), purpose="held-out", seed=seed)
     return packed(documents.select(np.sort(order[count:]))), packed(documents.select(np.sort(order[:count])))

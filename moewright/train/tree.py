@@ -89,8 +89,7 @@ def build(kind: type[Tree], mapping: Mapping[str, Any], *, source: str, prefix: 
 
 
 def _convert(kind: Any, value: Any, *, name: str, source: str) -> Any:
-    if get_origin(kind) in (Union, types.UnionType):
-        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
+    kind = _required(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UsageError(f"{name} = {_show(value)}: a table is expected, [{name}]")
@@ -143,6 +142,26 @@ def flatten(tree: Any, *, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def defaults(kind: type["DataclassInstance"], *, prefix: str = "") -> dict[str, Any]:
+    """`{"section.key": default}` of the fields of `kind` and its tables, as `flatten` writes values."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        table = _required(get_type_hints(kind)[field.name])
+        if isinstance(table, type) and dataclasses.is_dataclass(table):
+            flat |= defaults(table, prefix=f"{prefix}{field.name}.")
+        if field.default is not dataclasses.MISSING:
+            value = field.default
+            flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _required(kind: Any) -> Any:
+    """The type of a field without its `| None`."""
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = (part for part in get_args(kind) if part is not types.NoneType)
+    return kind
+
+
 def _emit(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_emit(item) for item in value) + "]"
@@ -176,6 +195,8 @@ def _nearest(key: str, known: list[str], prefix: str) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, Override):
+        return value.text
     return _emit(value) if isinstance(value, (str, bool)) else str(value)
 
 
