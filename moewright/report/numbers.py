@@ -3,6 +3,9 @@
 import math
 from typing import Any
 
+TINY = 1e-300
+"""Below this, steps between ticks would run out of digits."""
+
 
 def format_value(value: Any) -> str:
     """A number with thousands separators or four significant digits; yes, no, or a dash for None.
@@ -35,8 +38,8 @@ def nice_ticks(low: float, high: float, *, count: int = 5, whole: bool = False) 
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise ValueError(f"an axis from {low} to {high} has no ticks")
     largest = max(abs(low), abs(high))
-    if high - low <= 1e-9 * largest or largest == 0:
-        margin = largest / 10 or 1.0
+    if high - low <= max(1e-9 * largest, TINY):
+        margin = largest / 10 if largest > 10 * TINY else 1.0
         low, high = low - margin, high + margin
     rough = (high - low) / max(count - 1, 1)
     power = 10.0 ** math.floor(math.log10(rough))
