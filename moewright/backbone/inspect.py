@@ -49,6 +49,5 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
         }
     else:
         facts["feed_forward_size"] = model.config.intermediate_size
-    if folder.record is not None:
-        facts["origin"] = {key: value for key, value in folder.record.items() if key not in ("files", "backbone")}
-    return facts
+    origin = {key: value for key, value in (folder.record or {}).items() if key not in ("files", "backbone")}
+    return facts | ({"origin": origin} if origin else {})
