@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -25,7 +26,7 @@ def main(folder: str, prompt: str, new_tokens: str, *texts: str) -> dict[str, ob
     )
     total, tokens = 0.0, 0
     last: list[list[float]] = []
-    for text in texts:
+    for text in tqdm(texts, desc="scoring", disable=None):  # None: only on a terminal
         ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
         logits = model(ids).logits[0].float()
         total += torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").double().item()
