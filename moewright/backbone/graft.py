@@ -70,10 +70,10 @@ def routing_context(model: PreTrainedModel) -> RoutingContext | None:
     return _context_in(model)
 
 
-def set_losses(model: PreTrainedModel, *, balance_loss: float, z_loss: float, kernel: str) -> None:
-    """Set the coefficients of the auxiliary losses, and the kernel, of every MoELayer."""
+def configure(model: PreTrainedModel, **settings: Any) -> None:
+    """Change fields of every MoELayer's config, such as the coefficients of its losses; its parameters stay."""
     for layer in moe_layers(model).values():
-        layer.config = replace(layer.config, balance_loss=balance_loss, z_loss=z_loss, kernel=kernel)
+        layer.configure(replace(layer.config, **settings))
 
 
 def _context_in(module: nn.Module) -> RoutingContext | None:

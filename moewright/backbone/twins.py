@@ -6,7 +6,7 @@ does with a twin's fields was read in its source or measured; see docs/formats.m
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import torch
@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moewright.backbone.family import FAMILIES, backbone_config
 from moewright.errors import ModelError
-from moewright.moe.config import MoEConfig
+from moewright.moe.config import TRAINING_FIELDS, MoEConfig
 
 SHARED_EXPERT_SIZE: Final = 64
 """Width of the all-zero shared expert where a layout demands one: small, and divisible by serving degrees."""
@@ -64,6 +64,10 @@ class Twin:
     """Why this twin cannot hold such a model; None when it can."""
 
 
+_HELD: Final = ("hidden_size", "expert_size", "num_experts", "top_k", "router_order", "gated", "activation")
+"""Fields of a layer's config that a twin holds, or that are looked at one by one."""
+
+
 def _refuses_always(config: PreTrainedConfig, layers: Mapping[int, MoEConfig]) -> str | None:
     """What no twin can hold."""
     if len({(c.num_experts, c.top_k, c.expert_size, c.router_order, c.activation) for c in layers.values()}) > 1:
@@ -71,6 +75,9 @@ def _refuses_always(config: PreTrainedConfig, layers: Mapping[int, MoEConfig]) -
     first = next(iter(layers.values()))
     if not first.gated:
         return "its experts have no gate"
+    for field in fields(MoEConfig):
+        if field.name not in {*TRAINING_FIELDS, *_HELD} and (value := getattr(first, field.name)) != field.default:
+            return f"it has no {field.name}={value}"
     if first.activation != config.hidden_act:
         return f"its experts' activation {first.activation} is not the model's {config.hidden_act}"
     return None

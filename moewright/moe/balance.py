@@ -24,15 +24,58 @@ def count_tokens(experts_TK: Tensor, *, num_experts: int, mask_T: Tensor | None)
     return counts_E.scatter_add(0, experts_TK.flatten(), real_TK.flatten())
 
 
-def switch_loss(probabilities_TE: Tensor, tokens_per_expert: Tensor, mask_T: Tensor | None = None) -> Tensor:
+def switch_loss(probabilities_TE: Tensor, counts_E: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """Load-balancing loss of Switch Transformers (arXiv 2101.03961, equations 4-6), for any K.
 
     `E * sum_e f_e * P_e`, with f_e the share of the assignments that expert e got and P_e its mean
-    probability over the real tokens. 1 when the load is even, whatever K. Only P has a gradient.
+    probability over the real tokens. 1 when the load is even, whatever K. Only P has a gradient. The counts
+    may be those of more tokens than are at hand: of the whole step's batch (arXiv 2501.11873).
     """
-    counts_E = tokens_per_expert.to(probabilities_TE.dtype)
-    share_E = counts_E / counts_E.sum().clamp(min=1)
-    return probabilities_TE.shape[1] * (share_E * masked_mean(probabilities_TE, mask_T)).sum()
+    share_E, mean_E = _shares(counts_E, probabilities_TE), masked_mean(probabilities_TE, mask_T)
+    return probabilities_TE.shape[1] * (share_E * mean_E).sum()
+
+
+def sequence_switch_loss(probabilities_TE: Tensor, experts_TK: Tensor, *, length: int, mask_T: Tensor | None) -> Tensor:
+    """The Switch loss of each sequence of `length` tokens by itself (arXiv 2412.19437, section 2.1.2), averaged.
+
+    Sequences are weighed by their real tokens, so that one micro-batch or five give the same gradient.
+    """
+    T, E = probabilities_TE.shape
+    if not T:
+        return probabilities_TE.sum()
+    mask_BS = torch.ones(T, device=experts_TK.device).bool() if mask_T is None else mask_T
+    mask_BS = mask_BS.view(-1, length)
+    experts_BN = experts_TK.reshape(len(mask_BS), -1)
+    real_BN = mask_BS[..., None].expand(*mask_BS.shape, experts_TK.shape[1]).reshape_as(experts_BN).long()
+    counts_BE = torch.zeros(len(mask_BS), E, dtype=torch.int64, device=experts_TK.device)
+    counts_BE = counts_BE.scatter_add(1, experts_BN, real_BN)
+    # The sum over a sequence's tokens, not their mean: dividing by all tokens at last weighs the sequences.
+    sums_BE = (probabilities_TE.view(*mask_BS.shape, E) * mask_BS[..., None]).sum(dim=1)
+    return E * (_shares(counts_BE, probabilities_TE) * sums_BE).sum() / mask_BS.sum().clamp(min=1)
+
+
+def _shares(counts: Tensor, like: Tensor) -> Tensor:
+    """Each expert's share of the counts, over the last dim."""
+    counts = counts.to(like.dtype)
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def moved_bias(bias_E: Tensor, counts_E: Tensor, *, rate: float) -> Tensor:
+    """The selection bias after a step with these loads: up by `rate` for experts below the mean, down above it.
+
+    Balancing without a loss (arXiv 2408.15664, algorithm 1).
+    """
+    load_E = counts_E.double()
+    return bias_E + rate * (load_E.mean() - load_E).sign().to(bias_E.dtype)
+
+
+def moved_coefficient(coefficient: Tensor, dropped_share: Tensor, *, rate: float, most: float) -> Tensor:
+    """The adaptive coefficient of the balance loss after a step: it follows `rate` times the dropped share.
+
+    Skywork-MoE (arXiv 2406.06563, section 4.2), with its weight of 0.99 on what was before, but no further
+    than `most`.
+    """
+    return 0.99 * coefficient + 0.01 * (rate * dropped_share.to(coefficient.dtype)).clamp(max=most)
 
 
 def z_loss(logits_TE: Tensor, mask_T: Tensor | None = None) -> Tensor:

@@ -1,17 +1,59 @@
-"""What defines one mixture-of-experts layer."""
+"""What defines one mixture-of-experts layer, and which combinations make no sense."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from moewright.errors import UsageError
 
+Choice = Literal["token", "expert"]
+Score = Literal["softmax", "sigmoid"]
 RouterOrder = Literal["softmax-topk", "topk-softmax"]
+GroupScore = Literal["max", "top2"]
+Noise = Literal["normal", "gumbel"]
+DropPolicy = Literal["position", "probability", "random"]
+BalanceScope = Literal["micro-batch", "sequence", "global"]
+SharedMode = Literal["added", "gated", "residual"]
+
 ROUTER_ORDERS: Final = get_args(RouterOrder)
+DROP_POLICIES: Final = get_args(DropPolicy)
+BALANCE_SCOPES: Final = get_args(BalanceScope)
+
+_NAMES: Final = {
+    "choice": get_args(Choice),
+    "score": get_args(Score),
+    "router_order": (None, *ROUTER_ORDERS),
+    "group_score": get_args(GroupScore),
+    "noise": get_args(Noise),
+    "drop_policy": DROP_POLICIES,
+    "balance_scope": BALANCE_SCOPES,
+    "shared_mode": get_args(SharedMode),
+}
+"""The fields with a list of allowed values."""
+
+_AT_LEAST_ONE: Final = ("hidden_size", "expert_size", "num_experts", "num_groups", "top_groups")
+_NOT_NEGATIVE: Final = (
+    *("top_k", "expert_choice", "routed_scale", "bias_update_rate", "input_jitter", "logit_noise", "logit_norm"),
+    *("capacity_factor", "eval_capacity_factor", "min_capacity", "balance_loss", "balance_adaptation"),
+    *("max_balance_loss", "z_loss", "shared_size", "output_masking"),
+)
+
+TRAINING_FIELDS: Final = frozenset(
+    {
+        *("causal", "input_jitter", "logit_noise", "noise", "capacity_factor", "min_capacity", "drop_policy"),
+        *("first_choices_first", "bias_update_rate", "balance_loss", "balance_scope", "balance_adaptation"),
+        *("max_balance_loss", "z_loss", "kernel"),
+    }
+)
+"""The fields that do not change what a dropless layer computes in evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Everything that defines one layer; a combination that makes no sense raises `UsageError`."""
+    """Everything that defines one layer; a combination that makes no sense raises `UsageError`.
+
+    `docs/moe-layer.md` has the formula and the source of each option, and when to use it.
+    """
 
     hidden_size: int
     """D, the width of the model."""
@@ -22,39 +64,228 @@ class MoEConfig:
     num_experts: int
     """E, the number of routed experts (N of the upcycling papers)."""
 
-    top_k: int
-    """K, the number of experts that each token is sent to (T of the upcycling papers)."""
+    top_k: int = 0
+    """K, the number of experts that each token chooses (T of the upcycling papers)."""
 
-    router_order: RouterOrder = "topk-softmax"
-    """Where the softmax stands: over all experts before the choice, or over the chosen K after it."""
+    # -- who chooses whom --
 
-    activation: str = "silu"
-    """The activation of the experts, by its name in `moewright.moe.experts.ACTIVATIONS`."""
+    choice: Choice = "token"
+    """Whether tokens choose their experts, or experts their tokens (encoders only)."""
 
-    gated: bool = True
-    """Whether an expert computes `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
+    expert_choice: float = 0.0
+    """With `choice="expert"`: experts per token on average; each expert takes this times tokens / E of them."""
+
+    causal: bool = True
+    """Whether the model reads from left to right: then no choice may depend on later tokens."""
+
+    score: Score = "softmax"
+    """What turns logits into scores: a softmax over the experts, or a sigmoid for each."""
+
+    router_order: RouterOrder | None = None
+    """Softmax before the choice, over all experts, or after it, over the chosen; None takes `topk-softmax` where
+    tokens choose by softmax. Sigmoid scores have no order."""
+
+    renormalize: bool = False
+    """Whether a token's combine weights are divided by their sum over the experts that it kept."""
+
+    routed_scale: float = 1.0
+    """What the combine weights are multiplied with at last."""
+
+    num_groups: int = 1
+    """Into how many groups of neighbours the experts are divided."""
+
+    top_groups: int = 1
+    """How many of the groups a token may choose experts from."""
+
+    group_score: GroupScore = "max"
+    """What ranks a group: its best score, or the sum of its best two."""
+
+    selection_bias: bool = False
+    """Whether a bias for each expert is added to the scores for the choice alone, not to the combine weights."""
+
+    bias_update_rate: float = 0.0
+    """By how much a step moves the selection bias of each expert towards an even load."""
+
+    input_jitter: float = 0.0
+    """In training, the router's input is multiplied with uniform noise from 1 - this to 1 + this."""
+
+    logit_noise: float = 0.0
+    """In training, noise of this scale is added to the logits for the choice alone."""
+
+    noise: Noise = "normal"
+    """The distribution of `logit_noise`."""
+
+    logit_norm: float = 0.0
+    """If not 0, logits are first brought to mean 0 and this standard deviation over the experts."""
+
+    # -- how many tokens an expert takes --
+
+    capacity_factor: float = 0.0
+    """In training, an expert takes at most this times its even share of the assignments; 0: no limit (dropless)."""
+
+    eval_capacity_factor: float = 0.0
+    """The same in evaluation."""
+
+    min_capacity: int = 4
+    """An expert's capacity is at least this."""
+
+    drop_policy: DropPolicy = "position"
+    """Which assignments an expert over its capacity drops: the last, the least probable, or (in training) any."""
+
+    first_choices_first: bool = False
+    """Whether every first choice goes before every second choice, and so on, whatever the policy."""
+
+    # -- how the load is balanced --
 
     balance_loss: float = 0.0
     """Coefficient of the load-balancing loss of Switch Transformers."""
 
+    balance_scope: BalanceScope = "micro-batch"
+    """Over what the load is counted: the tokens at hand, each sequence, or the batches of all ranks in the step."""
+
+    balance_adaptation: float = 0.0
+    """If not 0, the coefficient follows this times the dropped share, from `balance_loss` on."""
+
+    max_balance_loss: float = 0.01
+    """The most that the adapted coefficient follows."""
+
     z_loss: float = 0.0
     """Coefficient of the router z-loss of ST-MoE."""
 
-    kernel: str = "grouped"
-    """Which expert product computes the layer, by its name in `moewright.moe.kernels.KERNELS`."""
+    # -- what an expert is --
+
+    activation: str = "silu"
+    """The activation of the experts, by its name in `moewright.moe.activations.ACTIVATIONS`."""
+
+    gated: bool = True
+    """Whether an expert computes `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
+
+    expert_bias: bool = False
+    """Whether the experts' products have biases."""
+
+    shared_size: int = 0
+    """Width of the expert that every token goes through; 0: there is none."""
+
+    shared_mode: SharedMode = "added"
+    """The shared expert's output is added, or added times a sigmoid gate, or both outputs are weighted by a softmax
+    of two (residual MoE)."""
+
+    output_masking: float = 0.0
+    """In training, the share of expert outputs that are masked; in evaluation all are multiplied with the rest."""
+
+    kernel: str = "auto"
+    """Which kernel computes the experts, by its name in `moewright.moe.kernels.KERNELS`; auto: the device's best."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "expert_size", "num_experts", "top_k"):
-            value = getattr(self, name)
-            if value < 1:
-                raise UsageError(f"{name}={value}: it must be at least 1")
-        if self.top_k > self.num_experts:
-            raise UsageError(
-                f"top_k={self.top_k} > num_experts={self.num_experts}: a token cannot choose more than there are"
+        if self.router_order is None and self.score == "softmax":
+            order: RouterOrder = "softmax-topk" if self.choice == "expert" else "topk-softmax"
+            object.__setattr__(self, "router_order", order)
+        for problem in self._problems():
+            raise UsageError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        """Why this configuration is refused, the plainest reason first."""
+        for name, allowed in _NAMES.items():
+            if (value := getattr(self, name)) not in allowed:
+                yield f"{name}={value!r}: choose one of {', '.join(str(name) for name in allowed if name is not None)}"
+        for name in _AT_LEAST_ONE:
+            if (value := getattr(self, name)) < 1:
+                yield f"{name}={value}: it must be at least 1"
+        for name in _NOT_NEGATIVE:
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                yield f"{name}={value}: it must be a finite number, 0 or more"
+        for name in ("input_jitter", "output_masking"):
+            if (value := getattr(self, name)) >= 1:
+                yield f"{name}={value}: it is a share, and must be below 1"
+        if self.routed_scale == 0:
+            yield "routed_scale=0: the experts would add nothing; 1 leaves the combine weights as they are"
+        yield from self._choice_problems()
+        yield from self._group_problems()
+        yield from self._capacity_problems()
+        yield from self._balance_problems()
+        if self.shared_mode != "added" and not self.shared_size:
+            yield f"shared_mode={self.shared_mode} with shared_size=0: there is no shared expert; give its width"
+
+    def _choice_problems(self) -> Iterator[str]:
+        if self.score == "sigmoid" and self.router_order is not None:
+            yield f"score=sigmoid with router_order={self.router_order}: sigmoid scores have no softmax to order"
+        if self.choice == "token":
+            if self.expert_choice:
+                yield f"expert_choice={self.expert_choice} with choice=token: tokens choose top_k; leave it out"
+            if self.top_k < 1:
+                yield f"top_k={self.top_k}: it must be at least 1"
+            if self.top_k > self.num_experts:
+                yield f"top_k={self.top_k} > num_experts={self.num_experts}: a token cannot choose more than there are"
+        else:
+            yield from self._expert_choice_problems()
+        if self.renormalize and self.top_k == 1:
+            yield "renormalize with top_k=1: the one weight would always be 1, and the router would learn nothing"
+        if self.renormalize and self.router_order == "topk-softmax" and not self.has_capacity:
+            yield "renormalize with router_order=topk-softmax: without capacity the weights sum to 1 already"
+        if self.noise != "normal" and not self.logit_noise:
+            yield f"noise={self.noise} with logit_noise=0: there is no noise; give its scale"
+        if self.logit_norm and self.num_experts == 1:
+            yield f"logit_norm={self.logit_norm} with num_experts=1: one logit has no deviation"
+        if self.logit_norm and self.z_loss:
+            yield f"z_loss={self.z_loss} with logit_norm={self.logit_norm}: normalised logits cannot grow; use one"
+
+    def _expert_choice_problems(self) -> Iterator[str]:
+        if self.causal:
+            yield "choice=expert with causal=True: experts would choose by later tokens; encoders set causal=False"
+        if self.top_k:
+            yield f"choice=expert with top_k={self.top_k}: experts choose; give expert_choice, the mean number"
+        if not 0 < self.expert_choice <= self.num_experts:
+            yield (
+                f"choice=expert with expert_choice={self.expert_choice}: it must be above 0 and at most "
+                f"num_experts={self.num_experts}"
             )
-        if self.router_order not in ROUTER_ORDERS:
-            raise UsageError(f"router_order={self.router_order!r}: choose one of {', '.join(ROUTER_ORDERS)}")
-        for name in ("balance_loss", "z_loss"):
-            value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
-                raise UsageError(f"{name}={value}: it must be a finite number, 0 or more")
+        if self.router_order == "topk-softmax":
+            yield "choice=expert with router_order=topk-softmax: a token has no set of chosen experts; use softmax-topk"
+        if self.has_capacity:
+            yield "choice=expert with a capacity factor: each expert takes as many tokens as expert_choice says"
+        if self.selection_bias or self.balance_loss:
+            yield "choice=expert with selection_bias or balance_loss: the load is even by construction"
+        if self.logit_noise:
+            yield f"choice=expert with logit_noise={self.logit_noise}: it is noise on the choice of tokens"
+        if self.num_groups > 1:
+            yield f"choice=expert with num_groups={self.num_groups}: tokens do not choose"
+
+    def _group_problems(self) -> Iterator[str]:
+        E, K, groups = self.num_experts, self.top_k, self.num_groups
+        if groups == 1:
+            if self.top_groups != 1 or self.group_score != "max":
+                given = f"top_groups={self.top_groups}, group_score={self.group_score}"
+                yield f"{given} with num_groups=1: there are no groups"
+            return
+        if E % groups:
+            yield f"num_groups={groups} with num_experts={E}: it must divide their number"
+        if self.top_groups >= groups:
+            yield f"top_groups={self.top_groups} of num_groups={groups}: choosing all limits nothing; leave both out"
+        if self.top_groups * (E // groups) < K:
+            yield f"top_k={K} with {self.top_groups} groups of {E // groups} experts: too few to choose from"
+        if self.group_score == "top2" and E // groups < 2:
+            yield f"group_score=top2 with groups of {E // groups} expert: each group needs two"
+
+    def _capacity_problems(self) -> Iterator[str]:
+        if self.drop_policy == "random" and not self.capacity_factor:
+            yield "drop_policy=random without capacity_factor: it acts in training alone, where nothing is dropped"
+        if not self.has_capacity and (self.drop_policy != "position" or self.first_choices_first):
+            given = "first_choices_first" if self.first_choices_first else f"drop_policy={self.drop_policy}"
+            yield f"{given} without capacity_factor or eval_capacity_factor: nothing is dropped"
+        if self.first_choices_first and self.top_k == 1:
+            yield "first_choices_first with top_k=1: there are only first choices"
+
+    def _balance_problems(self) -> Iterator[str]:
+        if self.bias_update_rate and not self.selection_bias:
+            yield f"bias_update_rate={self.bias_update_rate} without selection_bias: there is no bias; set both"
+        if self.balance_scope != "micro-batch" and not self.balance_loss:
+            yield f"balance_scope={self.balance_scope} with balance_loss=0: there is no such loss; give its coefficient"
+        if self.balance_adaptation and not (self.capacity_factor and self.balance_loss):
+            yield "balance_adaptation without capacity_factor and balance_loss: it follows the dropped share from there"
+        if self.z_loss and self.score == "sigmoid":
+            yield f"z_loss={self.z_loss} with score=sigmoid: it bounds the softmax's normaliser, and there is none"
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether an expert's tokens are limited, in training or evaluation."""
+        return self.capacity_factor > 0 or self.eval_capacity_factor > 0

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 class RoutingContext:
@@ -11,6 +12,8 @@ class RoutingContext:
     `loss_scale`: what the auxiliary losses are multiplied with before they join the gradient, 0-dim
     float32. A training loop sets it to the micro-batch's share of the step's tokens; it stays 1 under
     a trainer that knows nothing of it, whose number of micro-batches then scales these losses.
+    `group`: the ranks whose batches make up a step, for what is counted over all of them (the balance loss of
+    global scope, bias updates); None for one process.
 
     A block that is recomputed must read what it read before: run the backward pass of one batch before
     the forward pass of the next.
@@ -19,3 +22,4 @@ class RoutingContext:
     def __init__(self) -> None:
         self.token_mask: Tensor | None = None
         self.loss_scale: Tensor = torch.ones(())
+        self.group: ProcessGroup | None = None

@@ -3,6 +3,9 @@
 Letters: T tokens, K experts a token, N = T * K assignments, D model width, E experts. Nothing here
 is larger than (N, D): no tokens x experts x capacity one-hot. Every move in either direction of the
 graph is a gather, so results do not depend on the order in which threads finish.
+
+An assignment that belongs to no expert (its token is padding, or found no room) is sorted behind all
+others, so shapes do not depend on how many there are.
 """
 
 from typing import Any, NamedTuple
@@ -22,17 +25,21 @@ class Permutation(NamedTuple):
     """Flat index t * K + k of the n-th sorted assignment, int64."""
     ends_E: Tensor
     """Where each expert's assignments end, int32; expert e owns positions ends[e-1] to ends[e]."""
+    partial: bool
+    """Whether there may be positions from ends[E-1] on: assignments of no expert."""
 
 
-def sort_by_expert(experts_TK: Tensor, *, num_experts: int) -> Permutation:
-    """Sort assignments by expert; within one expert tokens keep their order."""
+def sort_by_expert(experts_TK: Tensor, *, num_experts: int, kept_TK: Tensor | None = None) -> Permutation:
+    """Sort assignments by expert, those that are not kept last; within one expert tokens keep their order."""
     T, K = experts_TK.shape
+    if kept_TK is not None:
+        experts_TK = torch.where(kept_TK, experts_TK, num_experts)
     sorted_N, order_N = experts_TK.flatten().sort(stable=True)
     position_N = torch.empty_like(order_N)
     position_N[order_N] = torch.arange(T * K, device=order_N.device)
     experts_E = torch.arange(num_experts, device=sorted_N.device)
     ends_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
-    return Permutation(order_N // K, position_N.view(T, K), order_N, ends_E)
+    return Permutation(order_N // K, position_N.view(T, K), order_N, ends_E, kept_TK is not None)
 
 
 class _Dispatch(torch.autograd.Function):

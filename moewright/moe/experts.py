@@ -1,78 +1,25 @@
-"""The experts: stacked weights and their activation.
+"""The experts' parameters.
 
-Letters: N assignments sorted by expert, D model width, E experts, F expert width.
+Letters: T tokens, K experts a token, D model width, E experts, F expert width, H width of the first product
+(2F when gated, else F).
 """
-
-from collections.abc import Callable
-from functools import partial
-from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from moewright.errors import UsageError
-from moewright.moe.kernels import kernel_named
+from moewright.moe.activations import activation_named
+from moewright.moe.dispatch import Permutation
+from moewright.moe.kernels import default_kernel, kernel_named
+from moewright.moe.kernels.base import ExpertWeights
 from moewright.moe.precision import autocast_dtype
-
-
-def _squared_relu(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _clipped_gelu(x: Tensor) -> Tensor:
-    return F.gelu(x).clip(-10, 10)
-
-
-def _laplace(x: Tensor) -> Tensor:
-    # Mean and deviation at which it approximates squared ReLU best (Mega, arXiv 2209.10655).
-    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * 2**0.5)))
-
-
-_tanh_gelu = partial(F.gelu, approximate="tanh")
-
-ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
-    "gelu": F.gelu,
-    "gelu_10": _clipped_gelu,
-    "gelu_accurate": _tanh_gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_new": _tanh_gelu,
-    "gelu_python": F.gelu,
-    "gelu_python_tanh": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
-    "hardswish": F.hardswish,
-    "laplace": _laplace,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": _quick_gelu,
-    "relu": F.relu,
-    "relu2": _squared_relu,
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
-"""Activations under the names that Hugging Face configs use; those with parameters of their own are not among them."""
-
-
-def activation_named(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that name; `UsageError` lists the names there are."""
-    if name not in ACTIVATIONS:
-        raise UsageError(f"activation={name!r}: choose one of {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]
 
 
 class Experts(nn.Module):
     """E feed-forward blocks in the layout of transformers.
 
     Gated: `gate_up_proj` (E, 2F, D), the gate half first; otherwise `up_proj` (E, F, D). Both:
-    `down_proj` (E, D, F). Each expert starts as `nn.Linear` would start it.
+    `down_proj` (E, D, F). With biases: the same names with `_bias`, (E, H) and (E, D). Each expert starts as
+    `nn.Linear` would start it.
     """
 
     def __init__(
@@ -83,31 +30,95 @@ class Experts(nn.Module):
         expert_size: int,
         activation: str,
         gated: bool,
+        bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.gated = gated
-        self.activation = activation_named(activation)
-        E, D, F_ = num_experts, hidden_size, expert_size
-        first_EFD = nn.Parameter(torch.empty(E, 2 * F_ if gated else F_, D, device=device, dtype=dtype))
+        activation_named(activation)
+        self.gated, self.activation, self.bias = gated, activation, bias
         self.first_name = "gate_up_proj" if gated else "up_proj"
-        self.register_parameter(self.first_name, first_EFD)
-        self.down_proj = nn.Parameter(torch.empty(E, D, F_, device=device, dtype=dtype))
-        nn.init.uniform_(first_EFD, -(D**-0.5), D**-0.5)
-        nn.init.uniform_(self.down_proj, -(F_**-0.5), F_**-0.5)
+        E, D, width = num_experts, hidden_size, expert_size
+        H = 2 * width if gated else width
+        shapes: dict[str, tuple[tuple[int, ...], int]] = {
+            self.first_name: ((E, H, D), D),
+            "down_proj": ((E, D, width), width),
+        }
+        if bias:
+            shapes |= {f"{self.first_name}_bias": ((E, H), D), "down_proj_bias": ((E, D), width)}
+        for name, (shape, inputs) in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            nn.init.uniform_(self.get_parameter(name), -(inputs**-0.5), inputs**-0.5)
 
-    def forward(self, x_ND: Tensor, ends_E: Tensor, *, kernel: str) -> Tensor:
-        """(N, D) -> (N, D); rows `ends_E[e-1]:ends_E[e]` belong to expert e."""
-        product = kernel_named(kernel)
-        first: Tensor = self.get_parameter(self.first_name)
-        down: Tensor = self.down_proj
-        if (dtype := autocast_dtype(x_ND)) is not None:
-            # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
-            x_ND, first, down = x_ND.to(dtype), first.to(dtype), down.to(dtype)
+    def weights(self, dtype: torch.dtype | None = None) -> ExpertWeights:
+        """The parameters, cast to `dtype` if one is given."""
+
+        def parameter(name: str) -> Tensor:
+            value: Tensor = self.get_parameter(name)
+            return value if dtype is None else value.to(dtype)
+
+        return ExpertWeights(
+            parameter(self.first_name),
+            parameter("down_proj"),
+            parameter(f"{self.first_name}_bias") if self.bias else None,
+            parameter("down_proj_bias") if self.bias else None,
+            self.activation,
+            self.gated,
+        )
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, *, kernel: str) -> Tensor:
+        """(T, D) -> (T, D): for each token the sum of its experts' outputs, weighted with `weights_TK`."""
+        product = kernel_named(default_kernel(x_TD.device) if kernel == "auto" else kernel)
+        # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
+        dtype = autocast_dtype(x_TD)
+        return product(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, self.weights(dtype))
+
+
+class SharedExpert(nn.Module):
+    """The feed-forward block that every token goes through, beside the routed experts.
+
+    `mode` says how the outputs are joined: `added`; `gated`, with a sigmoid of its own for each token (Qwen2-MoE);
+    `residual`, both weighted by a softmax of two (residual MoE of DeepSpeed-MoE, arXiv 2201.05596, section 3).
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        size: int,
+        mode: str,
+        activation: str,
+        gated: bool,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mode, self.gated, self.activation = mode, gated, activation_named(activation)
+
+        def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        self.first_name = "gate_up_proj" if gated else "up_proj"
+        self.add_module(self.first_name, linear(hidden_size, 2 * size if gated else size, bias=bias))
+        self.down_proj = linear(size, hidden_size, bias=bias)
+        self.gate: nn.Linear | None = None
+        if mode != "added":
+            self.gate = linear(hidden_size, 1 if mode == "gated" else 2, bias=mode == "residual")
+
+    def forward(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """The layer's output: (T, D), (T, D) -> (T, D)."""
+        hidden_TH: Tensor = self.get_submodule(self.first_name)(x_TD)
         if self.gated:
-            gate_NF, up_NF = product(x_ND, first, ends_E).chunk(2, dim=-1)
-            hidden_NF = self.activation(gate_NF) * up_NF
+            gate_TS, up_TS = hidden_TH.chunk(2, dim=-1)
+            shared_TD = self.down_proj(self.activation(gate_TS) * up_TS)
         else:
-            hidden_NF = self.activation(product(x_ND, first, ends_E))
-        return product(hidden_NF, down, ends_E)
+            shared_TD = self.down_proj(self.activation(hidden_TH))
+        if self.gate is None:
+            output_TD: Tensor = routed_TD + shared_TD
+        elif self.mode == "gated":
+            output_TD = routed_TD + self.gate(x_TD).sigmoid() * shared_TD
+        else:
+            share_T2 = self.gate(x_TD).softmax(dim=-1)
+            output_TD = share_T2[:, :1] * routed_TD + share_T2[:, 1:] * shared_TD
+        return output_TD

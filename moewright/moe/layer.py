@@ -1,27 +1,45 @@
-"""MoELayer: route, dispatch, experts, combine.
+"""MoELayer: route, cut, experts, combine, shared expert.
 
-Letters: T tokens, D model width, E experts, K experts a token, N = T * K assignments.
+Letters: T tokens, D model width, E experts, K experts a token, C tokens an expert.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import all_reduce
 
-from moewright.moe.balance import attach_loss, count_tokens, switch_loss, z_loss
+from moewright.moe.balance import (
+    attach_loss,
+    count_tokens,
+    moved_bias,
+    moved_coefficient,
+    sequence_switch_loss,
+    switch_loss,
+    z_loss,
+)
+from moewright.moe.capacity import within_capacity
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
-from moewright.moe.dispatch import combine, dispatch, sort_by_expert
-from moewright.moe.experts import Experts
-from moewright.moe.router import Router
+from moewright.moe.dispatch import sort_by_expert
+from moewright.moe.experts import Experts, SharedExpert
+from moewright.moe.router import Router, Routing, choose_tokens, combine_weights, finished
 from moewright.moe.stats import RoutingStats
 
 
 class MoELayer(nn.Module):
-    """A mixture of experts in place of a feed-forward block: (..., D) -> (..., D), dropless.
+    """A mixture of experts in place of a feed-forward block: (..., D) -> (..., D).
 
-    Padding (False in `context.token_mask`) is computed like any token, since nobody reads its output,
-    but enters neither a loss nor a statistic. In training mode the auxiliary losses are attached to
-    the combine weights, so every backward pass from the output goes through them, multiplied by `context.loss_scale`.
+    Padding (False in `context.token_mask`) goes to no expert, takes no capacity, and enters neither a loss nor
+    a statistic. In training mode the auxiliary losses are attached to the combine weights, so every backward
+    pass from the output goes through them, multiplied by `context.loss_scale`.
+
+    A training loop calls `after_backward` for each micro-batch and `after_step` for each step; what moves
+    outside the gradient (selection bias, adaptive coefficient) moves there.
     """
+
+    balance_coefficient: Tensor
+    """0-dim float32, the balance loss is multiplied with it; only with `balance_adaptation` does it ever change."""
+    step_counts: Tensor
+    """(E + 1,) int64, of this step's micro-batches so far: assignments to each expert, and dropped ones last."""
 
     def __init__(
         self,
@@ -32,41 +50,139 @@ class MoELayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
         self.context = RoutingContext() if context is None else context
-        self.router = Router(num_experts=config.num_experts, hidden_size=config.hidden_size, device=device, dtype=dtype)
+        self.router = Router(config, device=device, dtype=dtype)
         self.experts = Experts(
             num_experts=config.num_experts,
             hidden_size=config.hidden_size,
             expert_size=config.expert_size,
             activation=config.activation,
             gated=config.gated,
+            bias=config.expert_bias,
             device=device,
             dtype=dtype,
         )
+        self.shared: SharedExpert | None = None
+        if config.shared_size:
+            self.shared = SharedExpert(
+                hidden_size=config.hidden_size,
+                size=config.shared_size,
+                mode=config.shared_mode,
+                activation=config.activation,
+                gated=config.gated,
+                bias=config.expert_bias,
+                device=device,
+                dtype=dtype,
+            )
         self.stats = RoutingStats(config.num_experts, device=device)
+        counts = torch.zeros(config.num_experts + 1, dtype=torch.int64, device=device)
+        self.register_buffer("step_counts", counts, persistent=False)
+        self.configure(config)
+
+    def configure(self, config: MoEConfig) -> None:
+        """Go on under another config, which asks for the same parameters."""
+        self.config = config
+        coefficient = torch.full((), config.balance_loss, dtype=torch.float32, device=self.step_counts.device)
+        self.register_buffer("balance_coefficient", coefficient, persistent=config.balance_adaptation > 0)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        config, mask_T = self.config, self.context.token_mask
+        config = self.config
         x_TD = hidden_states.reshape(-1, config.hidden_size)
+        routing = self.router(x_TD, config)
+        if config.choice == "token":
+            routed_TD = self._tokens_choose(x_TD, routing, length=hidden_states.shape[-2])
+        else:
+            routed_TD = self._experts_choose(x_TD, routing)
+        if self.shared is not None:
+            routed_TD = self.shared(x_TD, routed_TD)
+        return routed_TD.to(hidden_states.dtype).view(hidden_states.shape)
 
-        routing = self.router(x_TD, top_k=config.top_k, order=config.router_order)
-        weights_TK = routing.weights_TK
-        counts_E = count_tokens(routing.experts_TK, num_experts=config.num_experts, mask_T=mask_T)
-        balance = switch_loss(routing.probabilities_TE, counts_E, mask_T)
+    def _tokens_choose(self, x_TD: Tensor, routing: Routing, *, length: int) -> Tensor:
+        config, mask_T = self.config, self.context.token_mask
+        experts_TK = routing.experts_TK
+        scores_TK = routing.scores_TE.gather(1, experts_TK)
+        kept_TK = within_capacity(experts_TK, scores_TK, config, mask_T=mask_T, training=self.training)
+        weights_TK = combine_weights(routing.weights_TK, kept_TK, config, training=self.training)
+
+        counts_E = count_tokens(experts_TK, num_experts=config.num_experts, mask_T=mask_T)
+        computed = None if kept_TK is None else kept_TK.sum()
+        balance = self._balance_loss(routing, counts_E, length=length)
+        weights_TK = self._with_losses(weights_TK, routing, counts_E, balance=balance, computed=computed)
+
+        permutation = sort_by_expert(experts_TK, num_experts=config.num_experts, kept_TK=kept_TK)
+        routed_TD: Tensor = self.experts(x_TD, weights_TK, permutation, kernel=config.kernel)
+        return routed_TD
+
+    def _experts_choose(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Each place that an expert has is a token of its own to the kernels: one that chose that expert."""
+        config = self.config
+        tokens_EC, weights_EC, kept_EC = choose_tokens(routing.scores_TE, config, mask_T=self.context.token_mask)
+        weights_EC = finished(weights_EC, config, training=self.training)
+        counts_E = kept_EC.sum(dim=1)
+        even = routing.probabilities_TE.new_ones(())  # the Switch loss of an even load
+        weights_EC = self._with_losses(weights_EC, routing, counts_E, balance=even, computed=None)
+
+        experts_EC = torch.arange(config.num_experts, device=x_TD.device)[:, None].expand_as(tokens_EC)
+        permutation = sort_by_expert(
+            experts_EC.reshape(-1, 1), num_experts=config.num_experts, kept_TK=kept_EC.reshape(-1, 1)
+        )
+        tokens_N = tokens_EC.flatten()
+        routed_ND = self.experts(x_TD[tokens_N], weights_EC.reshape(-1, 1), permutation, kernel=config.kernel)
+        return torch.zeros_like(x_TD, dtype=weights_EC.dtype).index_add(0, tokens_N, routed_ND.to(weights_EC.dtype))
+
+    def _balance_loss(self, routing: Routing, counts_E: Tensor, *, length: int) -> Tensor:
+        scope, mask_T = self.config.balance_scope, self.context.token_mask
+        if scope == "sequence":
+            return sequence_switch_loss(routing.probabilities_TE, routing.experts_TK, length=length, mask_T=mask_T)
+        if scope == "global":
+            # Micro-batches that are still to come cannot be counted yet (arXiv 2501.11873 does the same).
+            counts_E = self._over_ranks(counts_E + self.step_counts[:-1])
+        return switch_loss(routing.probabilities_TE, counts_E, mask_T)
+
+    def _with_losses(
+        self, weights: Tensor, routing: Routing, counts_E: Tensor, *, balance: Tensor, computed: Tensor | None
+    ) -> Tensor:
+        """Record the statistics, and attach the auxiliary losses to the combine weights in training."""
+        mask_T = self.context.token_mask
         z = z_loss(routing.logits_TE, mask_T)
         self.stats.record(
             tokens_per_expert=counts_E,
+            computed=computed,
             probabilities_TE=routing.probabilities_TE,
             balance_loss=balance,
             z_loss=z,
             mask_T=mask_T,
         )
-        if self.training and torch.is_grad_enabled():
-            auxiliary = config.balance_loss * balance + config.z_loss * z
-            weights_TK = attach_loss(weights_TK, auxiliary * self.context.loss_scale.to(auxiliary))
+        if not (self.training and torch.is_grad_enabled() and (self.config.balance_loss or self.config.z_loss)):
+            return weights
+        auxiliary = self.balance_coefficient.to(balance) * balance + self.config.z_loss * z
+        return attach_loss(weights, auxiliary * self.context.loss_scale.to(auxiliary))
 
-        permutation = sort_by_expert(routing.experts_TK, num_experts=config.num_experts)
-        y_ND = self.experts(dispatch(x_TD, permutation), permutation.ends_E, kernel=config.kernel)
-        y_TD = combine(y_ND, weights_TK, permutation)
-        return y_TD.to(hidden_states.dtype).view(hidden_states.shape)
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """Count the last forward pass for the step."""
+        self.step_counts += torch.cat([self.stats.tokens_per_expert, self.stats.dropped[None]])
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Move the selection bias and the adaptive coefficient by what the step counted, and count from 0 again."""
+        config = self.config
+        if config.bias_update_rate or config.balance_adaptation:
+            *_, dropped = counts = self._over_ranks(self.step_counts)
+            if config.bias_update_rate:
+                assert self.router.bias is not None, "MoEConfig asks for a bias where it is moved"
+                self.router.bias.copy_(moved_bias(self.router.bias, counts[:-1], rate=config.bias_update_rate))
+            if config.balance_adaptation:
+                share = dropped / counts[:-1].sum().clamp(min=1)
+                rate, most = config.balance_adaptation, config.max_balance_loss
+                moved = moved_coefficient(self.balance_coefficient, share, rate=rate, most=most)
+                self.balance_coefficient.copy_(moved)
+        self.step_counts.zero_()
+
+    def _over_ranks(self, counts: Tensor) -> Tensor:
+        """The sum over the ranks of `context.group`."""
+        if self.context.group is None:
+            return counts
+        counts = counts.clone()
+        all_reduce(counts, group=self.context.group)
+        return counts

@@ -113,7 +113,8 @@ def train_step(
 
     Raises CheckpointError when the loss or the gradient is not finite; the parameters are then unchanged.
     """
-    context, tally = routing_context(model), RoutingTally(moe_layers(model))
+    context, layers = routing_context(model), moe_layers(model)
+    tally = RoutingTally(layers)
     targets, real = int((batch.targets != IGNORE).sum()), int(batch.token_mask.sum())
     loss = torch.zeros((), device=model.device)
     for first in range(0, len(batch), settings.micro_batch_size):
@@ -124,6 +125,8 @@ def train_step(
         micro_loss = language_loss(model, micro.to(model.device), dtype=settings.dtype) / targets
         tally.add(share)
         micro_loss.backward()
+        for layer in layers.values():
+            layer.after_backward()
         loss += micro_loss.detach()
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
@@ -143,6 +146,8 @@ def train_step(
         group["lr"] = rate * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    for layer in layers.values():
+        layer.after_step()
     return record | {"lr": rate, "step_tokens": real, "step_targets": targets} | tally.record()
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moewright.backbone.folder import load_model, twin_of
-from moewright.backbone.graft import moe_layers, set_losses
+from moewright.backbone.graft import configure, moe_layers
 from moewright.backbone.layout import slots
 from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
@@ -50,7 +50,8 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
 
     Raises UsageError, ModelError and DataError for all that can be wrong with either.
     """
-    kernel_named(config.moe.kernel)
+    if config.moe.kernel != "auto":
+        kernel_named(config.moe.kernel)
     device = device_of(config)
     source = ModelFolder(config.model)
     _require_possible(config.data, source)
@@ -60,8 +61,7 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
         record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
     else:
         model, record = upcycle_model(config.model, config.upcycle, dtype=torch.float32)
-    moe = config.moe
-    set_losses(model, balance_loss=moe.balance_loss, z_loss=moe.z_loss, kernel=moe.kernel)
+    configure(model, **asdict(config.moe))
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)
     # What cannot be written at the end is refused now.

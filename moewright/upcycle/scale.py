@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
 from moewright.upcycle.config import UpcycleConfig
 
@@ -63,7 +64,11 @@ def factors(config: UpcycleConfig, *, weight_sum: float | None = None) -> Factor
 
 def mean_weight_sum(x_TD: Tensor, router_ED: Tensor, *, top_k: int) -> float:
     """Mean over tokens of the sum of the chosen weights under softmax-topk, for inputs (T, D) of the layer."""
-    weights_TK = route(x_TD, router_ED, top_k=top_k, order="softmax-topk").weights_TK
+    num_experts, hidden_size = router_ED.shape
+    config = MoEConfig(
+        hidden_size=hidden_size, expert_size=1, num_experts=num_experts, top_k=top_k, router_order="softmax-topk"
+    )
+    weights_TK = route(x_TD, router_ED, config, noisy=False).weights_TK
     return float(weights_TK.sum(dim=-1, dtype=torch.float64).mean())
 
 

@@ -1,26 +1,60 @@
-"""Expert products by name.
+"""Expert kernels by name: `loop` says in the plainest way what all of them compute, and is their oracle."""
 
-A kernel multiplies each expert's rows with that expert's matrix:
-`product(x_NI, weight_EOI, ends_E) -> y_NO`, where rows `ends_E[e-1]:ends_E[e]` of `x_NI` belong to
-expert e and `y[n] = weight[e] @ x[n]`. `loop` says it in the plainest way and is the oracle of all others.
-"""
-
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final
 
-from torch import Tensor
+import torch
 
 from moewright.errors import UsageError
-from moewright.moe.kernels.grouped import grouped_product
-from moewright.moe.kernels.loop import loop_product
+from moewright.moe.kernels import build
+from moewright.moe.kernels.base import Kernel
+from moewright.moe.kernels.external import require_scattermoe, require_sonicmoe, scattermoe, sonicmoe
+from moewright.moe.kernels.grouped import grouped
+from moewright.moe.kernels.loop import loop
+from moewright.moe.kernels.native import native
+from moewright.moe.kernels.triton import require_triton, triton
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+_log = logging.getLogger("moewright")
 
-KERNELS: Final[dict[str, Kernel]] = {"grouped": grouped_product, "loop": loop_product}
+KERNELS: Final[dict[str, Kernel]] = {
+    "grouped": grouped,
+    "loop": loop,
+    "native": native,
+    "scattermoe": scattermoe,
+    "sonicmoe": sonicmoe,
+    "triton": triton,
+}
+
+_REQUIREMENTS: Final[dict[str, Callable[[], None]]] = {
+    "scattermoe": require_scattermoe,
+    "sonicmoe": require_sonicmoe,
+    "triton": require_triton,
+}
+"""Of kernels that need what is not always installed; each raises `UsageError` when it is missing."""
 
 
 def kernel_named(name: str) -> Kernel:
-    """The kernel of that name; `UsageError` lists the names there are."""
+    """The kernel of that name; `UsageError` lists the names there are, or says what must be installed for it."""
     if name not in KERNELS:
         raise UsageError(f"kernel={name!r}: choose one of {', '.join(sorted(KERNELS))}")
+    if name in _REQUIREMENTS:
+        _REQUIREMENTS[name]()
     return KERNELS[name]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def default_kernel(device: torch.device) -> str:
+    """The kernel that `auto` stands for on a device: the fastest one there, by `benchmarks/moe_layer.py`."""
+    if device.type == "cpu":
+        return "grouped" if _native_problem() else "native"
+    return "grouped"
+
+
+@lru_cache
+def _native_problem() -> str | None:
+    reason = build.problem()
+    if reason is not None:
+        _log.warning("the CPU kernel 'native' cannot be compiled (%s): 'grouped' is used, which is slower", reason)
+    return reason

@@ -1,16 +1,34 @@
-"""Expert product as a loop over experts: the oracle.
+"""The experts one after the other: the oracle of all other kernels.
 
-Letters: N assignments sorted by expert, I and O widths of input and output, E experts.
+Letters: T tokens, K experts a token, D model width, E experts, n assignments of one expert.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moewright.moe.activations import activation_named
+from moewright.moe.dispatch import Permutation
+from moewright.moe.kernels.base import ExpertWeights
 
-def loop_product(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """One matrix product an expert, any floating dtype; reads `ends_E` on the host."""
-    ends = ends_E.tolist()
-    starts = [0, *ends[:-1]]
-    pieces = [F.linear(x_NI[start:end], weight_EOI[e]) for e, (start, end) in enumerate(zip(starts, ends, strict=True))]
-    return torch.cat(pieces)
+
+def loop(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
+    """Any floating dtype, any device; reads `ends_E` on the host. See `moewright.moe.kernels.base.Kernel`."""
+    activation = activation_named(experts.activation)
+    weight_N = weights_TK.flatten()[permutation.order_N]
+    output_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
+    start = 0
+    for e, end in enumerate(permutation.ends_E.tolist()):
+        token_n = permutation.token_N[start:end]
+        first_bias = None if experts.first_bias_EH is None else experts.first_bias_EH[e]
+        down_bias = None if experts.down_bias_ED is None else experts.down_bias_ED[e]
+        hidden_nH = F.linear(x_TD[token_n], experts.first_EHD[e], first_bias)
+        if experts.gated:
+            gate_nF, up_nF = hidden_nH.chunk(2, dim=-1)
+            hidden_nF = activation(gate_nF) * up_nF
+        else:
+            hidden_nF = activation(hidden_nH)
+        y_nD = F.linear(hidden_nF, experts.down_EDF[e], down_bias)
+        output_TD = output_TD.index_add(0, token_n, y_nD * weight_N[start:end, None])
+        start = end
+    return output_TD.to(x_TD.dtype)

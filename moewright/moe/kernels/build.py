@@ -1,0 +1,76 @@
+"""Compiles native.cpp once for this machine, this torch and this source, and loads what came out."""
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# Not -ffast-math, which would change how the whole process rounds; the two are what vector loops need of it.
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-std=c++20",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+)
+
+_log = logging.getLogger("moewright")
+
+
+@lru_cache
+def problem() -> str | None:
+    """Why there is no compiled kernel in this process; None when it is loaded. Compiles it if it is not there yet."""
+    try:
+        torch.ops.load_library(str(compiled()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        text = getattr(error, "stderr", None) or str(error)
+        return next((line for line in text.splitlines() if "error" in line), text.strip().splitlines()[0])
+    return None
+
+
+def compiled() -> Path:
+    """The shared library, compiled if it is not there yet. Raises OSError and CalledProcessError."""
+    folder = cache_folder()
+    target = folder / f"native-{_identity()}.so"
+    if target.exists():
+        return target
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("there is no C++ compiler: install g++ or clang++, or set CXX to one")
+    _log.warning("compiling the CPU kernel for torch %s, once: about half a minute", torch.__version__)
+    folder.mkdir(parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    # Into a folder of its own, then renamed: whoever is killed half-way, or runs at the same time, harms nobody.
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        result = Path(scratch) / target.name
+        abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+        libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
+        command = [compiler, *FLAGS, abi, f"-I{root / 'include'}", str(SOURCE), "-o", str(result), *libraries]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        result.replace(target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: `MOEWRIGHT_CACHE`, else below the user's cache folder."""
+    if given := os.environ.get("MOEWRIGHT_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moewright"
+
+
+def _identity() -> str:
+    """Changes with everything that the compiled code depends on."""
+    processor = sorted(torch.cpu.get_capabilities().items())
+    facts = (SOURCE.read_text(encoding="utf-8"), FLAGS, torch.__version__, os.environ.get("CXX"), processor)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

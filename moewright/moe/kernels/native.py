@@ -1,0 +1,125 @@
+"""All experts on a CPU in C++ (native.cpp): one expert at a time on each thread, its rows staying in the cache.
+
+Letters: T tokens, K experts a token, N = T * K assignments sorted by expert, D model width, E experts, F expert
+width, H width of the first product (2F when gated, else F).
+
+Fine-grained experts are small matrix products, and a matrix library that spreads each of them over all cores
+loses more than it wins. So threads take experts, not rows. What lies between the two products of an expert is
+read while it is still in the cache, no permuted copy of the tokens is made, and large results go into memory
+that was used before. Kept for backward: the tokens, and what came out of the first product, (N, H).
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moewright.errors import UsageError
+from moewright.moe.activations import activation_named
+from moewright.moe.dispatch import Permutation
+from moewright.moe.kernels import build
+from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.kernels.memory import empty
+
+
+def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
+    """Any floating dtype, on CPU; whole-graph under `torch.compile`. See `moewright.moe.kernels.base.Kernel`.
+
+    A processor without instructions for bfloat16 or float16 products computes them in float32. The sum of a token
+    is taken in the order of experts within each thread, then over the threads: another number of threads changes
+    its last bits. Raises `UsageError` on another device, and where the kernel cannot be compiled.
+    """
+    if x_TD.device.type not in ("cpu", "meta"):
+        raise UsageError(f"kernel 'native' runs on CPU, the tokens are on {x_TD.device}: use 'grouped' or 'triton'")
+    activation_named(experts.activation)
+    weight_N = weights_TK.flatten().gather(0, permutation.order_N)
+    y_TD: Tensor = _forward(x_TD, weight_N, permutation.token_N, permutation.ends_E, *experts)[0]
+    return y_TD
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products: float32 where the processor has no instructions for a shorter one."""
+    return torch.float32 if dtype.itemsize < 4 and not _has_products_of(dtype) else dtype
+
+
+@lru_cache
+def _has_products_of(dtype: torch.dtype) -> bool:
+    names = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
+    return any(torch.cpu.get_capabilities().get(name, False) for name in names)
+
+
+def _library() -> Any:
+    if (reason := build.problem()) is not None:
+        raise UsageError(f"kernel 'native' cannot be compiled ({reason}): use kernel 'grouped'")
+    return torch.ops.moewright_native
+
+
+@torch.library.custom_op("moewright::experts_forward", mutates_args=())
+def _forward(
+    x_TD: Tensor,
+    weight_N: Tensor,
+    token_N: Tensor,
+    ends_E: Tensor,
+    first_EHD: Tensor,
+    down_EDF: Tensor,
+    first_bias_EH: Tensor | None,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sums (T, D), and the results of the first product (N, H); rows of no expert are not written."""
+    hidden_NH = empty(len(token_N), first_EHD.shape[1], dtype=x_TD.dtype)
+    weights = (first_EHD.contiguous(), down_EDF.contiguous(), first_bias_EH, down_bias_ED)
+    source_TD = x_TD.to(_compute_dtype(x_TD.dtype)).contiguous()
+    y_TD = _library().forward(source_TD, weight_N, token_N, ends_E, *weights, activation, gated, hidden_NH)
+    return y_TD.to(x_TD.dtype, copy=False), hidden_NH
+
+
+@_forward.register_fake
+def _(x_TD: Tensor, weight_N: Tensor, token_N: Tensor, ends_E: Tensor, first_EHD: Tensor, *_: Any) -> Any:
+    return torch.empty_like(x_TD), x_TD.new_empty(token_N.shape[0], first_EHD.shape[1])
+
+
+@torch.library.custom_op("moewright::experts_backward", mutates_args=())
+def _backward(
+    d_y_TD: Tensor,
+    hidden_NH: Tensor,
+    x_TD: Tensor,
+    weight_N: Tensor,
+    token_N: Tensor,
+    ends_E: Tensor,
+    first_EHD: Tensor,
+    down_EDF: Tensor,
+    first_bias_EH: Tensor | None,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, first and down, and of both biases (empty where there are none)."""
+    weights = (first_EHD.contiguous(), down_EDF.contiguous(), first_bias_EH, down_bias_ED)
+    gradients = [None if p is None else empty(*p.shape, dtype=p.dtype) for p in weights]
+    d_weight_N, compute = torch.zeros_like(weight_N), _compute_dtype(x_TD.dtype)
+    inputs = (d_y_TD.to(compute).contiguous(), hidden_NH, x_TD.to(compute).contiguous(), weight_N, token_N, ends_E)
+    d_x_TD = _library().backward(*inputs, *weights, activation, gated, d_weight_N, *gradients)
+    return d_x_TD.to(x_TD.dtype), d_weight_N, *(x_TD.new_empty(0) if g is None else g for g in gradients)
+
+
+@_backward.register_fake
+def _(d_y: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, *rest: Any) -> Any:
+    return torch.empty_like(x), torch.empty_like(weight), *(x.new_empty(0 if p is None else p.shape) for p in rest[:4])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # nobody asks for that of `hidden`
+    ctx.save_for_backward(output[1], *inputs[:8])
+    ctx.form = inputs[8:]
+
+
+def _gradients(ctx: Any, d_y_TD: Tensor, d_hidden: None) -> tuple[Tensor | None, ...]:
+    d_x, d_weight, d_first, d_down, d_first_bias, d_down_bias = _backward(d_y_TD, *ctx.saved_tensors, *ctx.form)
+    biases = (d_first_bias if len(d_first_bias) else None, d_down_bias if len(d_down_bias) else None)
+    return d_x, d_weight, None, None, d_first, d_down, *biases, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)

@@ -1,0 +1,171 @@
+"""The benchmarks measure what they say: the rows, their arithmetic, the loads, and the check against float64."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import dispatch, memory, moe_layer
+from benchmarks.cases import (
+    CASES,
+    DTYPES,
+    LIMITS,
+    ROUTINGS,
+    Case,
+    imbalance,
+    make_batch,
+    make_weights,
+    reference,
+    relative_errors,
+)
+from benchmarks.layers import Layer
+from benchmarks.measure import kept_bytes
+from benchmarks.peers import build
+from benchmarks.table import table
+
+CPU = torch.device("cpu")
+TINY = Case(name="tiny", D=32, T=48, E=8, K=2, F=16)
+ROW_FIELDS = {"case", "dtype", "impl", "ms", "ratio_to_dense", "routing", "rounds", "kept_mb", "peak_mb", "reason"}
+
+
+class OneExpertTooMany(Layer):
+    """The loop, with the first expert's part added twice."""
+
+    def __init__(self, right: Layer) -> None:
+        super().__init__()
+        self.right = right
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.right(x_TD)
+        return y_TD + 1e-3 * self.right.get_submodule("experts.0")(x_TD)
+
+    def weight_gradients(self, first: int) -> dict[str, Tensor]:
+        return self.right.weight_gradients(first)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "tiny", TINY)
+
+
+def test_quick_prints_rows_and_nothing_else(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
+    moe_layer.main(["--quick", "--json", "--device", "cpu", "--cases", "tiny", "--rounds", "2"])
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["case"], row["dtype"], row["routing"], row["impl"]) for row in rows} == {
+        ("tiny", dtype, routing, name) for dtype in DTYPES for routing in ROUTINGS for name in ("ours", "loop", "dense")
+    }
+    dense = {(row["dtype"], row["routing"]): row["ms"] for row in rows if row["impl"] == "dense"}
+    for row in rows:
+        assert set(row) >= ROW_FIELDS
+        assert row["reason"] is None
+        assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+        assert row["ratio_to_dense"] == pytest.approx(dense[row["dtype"], row["routing"]] / row["ms"])
+        assert row["rounds"] == (1 if row["impl"] == "loop" else 2)
+
+
+def test_quick_takes_the_cases_of_the_issue_by_itself() -> None:
+    options = moe_layer.parse(["--quick", "--device", "cpu"])
+    assert (options.cases, options.dtypes) == (["coarse", "fine", "finest"], ["fp32", "bf16"])
+    sizes = {name: (case.D, case.T, case.E, case.K, case.F) for name, case in CASES.items()}
+    assert sizes["coarse"] == (512, 2048, 8, 2, 1408)
+    assert sizes["fine"] == (512, 2048, 64, 8, 704)
+    assert sizes["finest"] == (512, 2048, 64, 8, 176)
+
+
+def test_a_full_run_writes_a_file_and_its_table(tiny: None, tmp_path: Path) -> None:
+    names = "ours,dense,megatron,scattermoe"
+    arguments = ["--device", "cpu", "--cases", "tiny", "--dtypes", "fp32", "--rounds", "1", "--no-memory"]
+    moe_layer.main([*arguments, "--impls", names, "--out", str(tmp_path), "--name", "here"])
+    content = json.loads((tmp_path / "here.json").read_text())
+    assert {"machine", "versions", "date", "rows", "matmul_gflops"} <= set(content)
+    missing = [row for row in content["rows"] if row["ms"] is None]
+    assert {row["impl"] for row in missing} == {"megatron", "scattermoe"}
+    assert all(row["reason"] for row in missing)
+    page = (tmp_path / "here.md").read_text()
+    assert page == table(content)
+    assert "scattermoe: not run: its Triton kernels need a GPU" in page
+    (tmp_path / "here.md").unlink()
+    moe_layer.main(["--table", str(tmp_path / "here.json")])
+    assert (tmp_path / "here.md").read_text() == page
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["ours", "ours:grouped", "ours:loop", "loop", "transformers-eager"])
+def test_implementations_agree_with_float64(name: str, dtype: str, routing: str) -> None:
+    weights, batch = make_weights(TINY), make_batch(TINY, routing)
+    expected = reference(weights, batch, device=CPU, first=TINY.E)
+    layer = build(name, TINY, weights, device=CPU, dtype=DTYPES[dtype])
+    errors = moe_layer.disagreement(layer, batch, expected, dtype=DTYPES[dtype])
+    assert moe_layer.refusal(errors, LIMITS[dtype]) is None
+
+
+def test_a_wrong_implementation_is_refused() -> None:
+    weights, batch = make_weights(TINY), make_batch(TINY, "balanced")
+    expected = reference(weights, batch, device=CPU, first=TINY.E)
+    wrong = OneExpertTooMany(build("loop", TINY, weights, device=CPU, dtype=torch.float32))
+    reason = moe_layer.refusal(moe_layer.disagreement(wrong, batch, expected, dtype=torch.float32), LIMITS["fp32"])
+    assert reason is not None
+    assert "computes something else" in reason
+
+
+def test_nan_and_another_shape_are_refused() -> None:
+    expected = {"output": torch.ones(2, 2, dtype=torch.float64)}
+    for found in (torch.full((2, 2), math.nan), torch.ones(2, 1)):
+        assert moe_layer.refusal(relative_errors({"output": found}, expected), 1.0) is not None
+
+
+def test_the_reference_has_the_gradients_of_its_output() -> None:
+    case = Case(name="tiny", D=8, T=4, E=4, K=2, F=3)
+    weights, batch = make_weights(case), make_batch(case, "skewed")
+    found = reference(weights, batch, device=CPU, first=case.E)
+
+    def loss(position: int, change: float) -> float:
+        moved = [batch.x_TD.double(), *(part.double() for part in weights)]
+        moved[position] = moved[position].clone()
+        moved[position].view(-1)[1] += change
+        output = reference(type(weights)(*moved[1:]), batch._replace(x_TD=moved[0]), device=CPU, first=0)["output"]
+        return float((output * batch.gradient_TD).sum())
+
+    for position, name in enumerate(("x", "router", "gate", "up", "down")):
+        slope = (loss(position, 1e-5) - loss(position, -1e-5)) / 2e-5
+        assert found[name].flatten()[1] == pytest.approx(slope, rel=1e-6, abs=1e-9)
+
+
+def test_routing_is_as_described() -> None:
+    case = CASES["finest"]
+    batches = {routing: make_batch(case, routing) for routing in ROUTINGS}
+    assert imbalance(case, batches["balanced"]) == 1.0
+    assert imbalance(case, batches["skewed"]) > 4
+    for batch in batches.values():
+        ordered_TK = batch.experts_TK.sort(dim=1).values
+        assert bool((ordered_TK[:, 1:] > ordered_TK[:, :-1]).all())
+        logits_TE = batch.x_TD @ make_weights(case).router_ED.T
+        chosen_TK = logits_TE.bfloat16().topk(case.K, dim=1).indices.sort(dim=1).values
+        assert torch.equal(chosen_TK, ordered_TK)
+
+
+def test_kept_memory_counts_each_storage_once_and_no_parameter() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False), torch.nn.Tanh())
+    x = torch.randn(32, 64)
+    assert kept_bytes(layer, x) == 2 * 32 * 64 * 4  # the input, and tanh's output
+
+
+def test_memory_of_a_pass_holds_its_gradients(tiny: None) -> None:
+    found = memory.measure("dense", "coarse", "fp32", "balanced", 256, "cpu")
+    gradients = 3 * 512 * 2 * 1408 * 4 / 1e6
+    assert gradients < found["peak_mb"]
+    assert 0 < found["kept_mb"] < gradients
+
+
+def test_dispatch_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "ONE_HOT_BYTES", 4 * 64 * 8 * 64)
+    small = ["--json", "--device", "cpu", "--experts", "8", "32", "--tokens", "64", "--top-k", "2", "--width", "32"]
+    dispatch.main([*small, "--rounds", "1"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["impl"], row["E"]) for row in rows] == [("sorted", 8), ("one-hot", 8), ("sorted", 32), ("one-hot", 32)]
+    assert all((row["ms"] is None) == (row["reason"] is not None) for row in rows)
+    assert rows[0]["ms"] > 0
