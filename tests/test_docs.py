@@ -1,22 +1,30 @@
 """Pages say what the code and the results say. `python -m tests.test_docs` renews what is generated."""
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import itertools
 import json
 import re
+import runpy
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from moewright.data import config as data
+from moewright.moe.config import MoEConfig
+from moewright.moe.kernels import KERNELS
+from moewright.moe.layer import MoELayer
 from moewright.train import config as train
 from moewright.upcycle import config as upcycle
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ROOT / "docs" / "training.md"
+LAYER = ROOT / "docs" / "moe-layer.md"
 START, END = "<!-- keys -->", "<!-- end -->"
 TABLES = [
     ("", train, "RunConfig"),
@@ -77,6 +85,45 @@ def test_training_page_shows_the_results():
     page = TRAINING.read_text(encoding="utf-8")
     result = json.loads(experiment_.RESULT.read_text(encoding="utf-8"))
     assert experiment_.renew(page, result) == page, "run python experiments/router_rate.py --tables"
+
+
+def layer_blocks(language: str) -> list[str]:
+    page = LAYER.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
+def test_layer_page_names_every_option_and_no_other():
+    prose = re.sub(r"^```.*?^```$", "", LAYER.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    options = {field.name for field in dataclasses.fields(MoEConfig)}
+    in_tables: list[str] = []
+    for table in re.findall(r"^\| option \|.*\n\|-.*\n((?:\|.*\n)+)", prose, re.MULTILINE):
+        for row in table.splitlines():
+            in_tables += re.findall(r"`(\w+)`", row.split("|")[1])
+    assert sorted(in_tables) == sorted(options), "each option has one row"
+    assert set(re.findall(r"`(\w+)=[^`]*`", prose)) <= options | {"token_mask"}
+    kernels = re.findall(r"^\| `(\w+)` \|", prose.partition("## Kernels")[2].partition("\n## ")[0], re.MULTILINE)
+    assert sorted(kernels) == sorted(KERNELS)
+
+
+def test_layer_page_runs(tmp_path):
+    (tmp_path / "page.py").write_text("\n".join(layer_blocks("python")), encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "page.py"))
+    assert names["y"].shape == (4, 16, 64)
+    assert names["layer"].step_counts.sum() == 0
+    assert names["model"].config._experts_implementation == "moewright"
+    recipes = [value for value in names.values() if isinstance(value, MoEConfig)] + list(names["pr_moe"].values())
+    assert len(recipes) == 1 + 7 + 12
+    for config in recipes:  # of the sizes of real models, so without memory
+        x = torch.empty(2, 8, config.hidden_size, device="meta", requires_grad=True)
+        MoELayer(config, device="meta")(x).sum().backward()
+        assert x.grad.shape == x.shape
+
+
+def test_layer_page_lists_the_moe_table():
+    (block,) = layer_blocks("toml")
+    table = tomllib.loads(block)["moe"]
+    train.MoESettings(**table)
+    assert list(table) == [field.name for field in dataclasses.fields(train.MoESettings)]
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)

@@ -32,6 +32,17 @@ from tests.models import write_dense
 from tests.runs import LINES, at_step, evaluations, make_run, metrics, send
 
 SPARSE = UpcycleConfig(experts=8, top_k=4, granularity=2)
+RANDOM = MoESettings(
+    balance_loss=0.05,
+    balance_scope="global",
+    balance_adaptation=0.2,
+    input_jitter=0.01,
+    logit_noise=0.1,
+    capacity_factor=0.75,
+    min_capacity=1,
+    drop_policy="random",
+)
+"""All that is random in a layer, and what moves outside the gradient."""
 
 
 @pytest.fixture(autouse=True)
@@ -158,8 +169,9 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.M
         {"upcycle": SPARSE, "gradient_checkpointing": True},
         {"upcycle": SPARSE, "model": {"model_type": "qwen3", "tie_word_embeddings": True}},
         {"model": {"model_type": "qwen2", "attention_dropout": 0.3}},
+        {"upcycle": SPARSE, "gradient_checkpointing": True, "moe": RANDOM},
     ],
-    ids=["dense", "sparse", "recompute", "tied", "dropout"],
+    ids=["dense", "sparse", "recompute", "tied", "dropout", "random"],
 )
 def test_a_stopped_run_goes_on_to_the_last_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]

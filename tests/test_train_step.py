@@ -108,6 +108,15 @@ def test_micro_batches_give_the_same_gradient(checkpointing: bool) -> None:
     assert_same(whole, parts)
 
 
+def test_the_balance_loss_of_sequences_has_one_gradient_however_they_are_divided() -> None:
+    results = []
+    for micro in (10, 2):
+        model = sparse_model(balance_loss=0.1, z_loss=0.1)
+        configure(model, balance_scope="sequence")
+        results.append(step_of(model, uneven_batch(), micro=micro))
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_equal_micro_batches_have_the_balance_gradient_of_their_whole(checkpointing: bool) -> None:
     # Five times the same two rows: every micro-batch has the statistics of the whole batch.

@@ -6,7 +6,7 @@ does with a twin's fields was read in its source or measured; see docs/formats.m
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import torch
@@ -70,7 +70,8 @@ _HELD: Final = ("hidden_size", "expert_size", "num_experts", "top_k", "router_or
 
 def _refuses_always(config: PreTrainedConfig, layers: Mapping[int, MoEConfig]) -> str | None:
     """What no twin can hold."""
-    if len({(c.num_experts, c.top_k, c.expert_size, c.router_order, c.activation) for c in layers.values()}) > 1:
+    ignored: dict[str, Any] = {f.name: f.default for f in fields(MoEConfig) if f.name in TRAINING_FIELDS - {"causal"}}
+    if len({replace(config, **ignored) for config in layers.values()}) > 1:
         return "its sparse layers differ from one another"
     first = next(iter(layers.values()))
     if not first.gated:

@@ -76,7 +76,7 @@ class MoEConfig:
     """With `choice="expert"`: experts per token on average; each expert takes this times tokens / E of them."""
 
     causal: bool = True
-    """Whether the model reads from left to right: then no choice may depend on later tokens."""
+    """Whether the model reads from left to right; then experts may not choose, as they would by later tokens."""
 
     score: Score = "softmax"
     """What turns logits into scores: a softmax over the experts, or a sigmoid for each."""

@@ -78,7 +78,7 @@ class SharedExpert(nn.Module):
     """The feed-forward block that every token goes through, beside the routed experts.
 
     `mode` says how the outputs are joined: `added`; `gated`, with a sigmoid of its own for each token (Qwen2-MoE);
-    `residual`, both weighted by a softmax of two (residual MoE of DeepSpeed-MoE, arXiv 2201.05596, section 3).
+    `residual`, both weighted by a softmax of two (residual MoE, arXiv 2201.05596; the softmax as in DeepSpeed).
     """
 
     def __init__(

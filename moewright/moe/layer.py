@@ -3,6 +3,8 @@
 Letters: T tokens, D model width, E experts, K experts a token, C tokens an expert.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce
@@ -90,7 +92,7 @@ class MoELayer(nn.Module):
         x_TD = hidden_states.reshape(-1, config.hidden_size)
         routing = self.router(x_TD, config)
         if config.choice == "token":
-            routed_TD = self._tokens_choose(x_TD, routing, length=hidden_states.shape[-2])
+            routed_TD = self._tokens_choose(x_TD, routing, length=math.prod(hidden_states.shape[-2:-1]))
         else:
             routed_TD = self._experts_choose(x_TD, routing)
         if self.shared is not None:

@@ -33,10 +33,10 @@ def route(x_TD: Tensor, weight_ED: Tensor, config: MoEConfig, *, bias_E: Tensor 
     """Score all pairs of tokens and experts, and choose `top_k` experts for each token.
 
     `softmax-topk` weighs the chosen experts with their share of the softmax over all experts, so the weights
-    sum to less than one (Shazeer et al. 2017, without renormalisation). `topk-softmax` takes the softmax over
-    the chosen logits only; the weights sum to one (Mixtral). See arXiv 2410.07524, section 3, for how the two
-    behave in upcycling. Sigmoid scores are those of DeepSeek-V3 (arXiv 2412.19437, section 2.1.2), with its bias
-    and its groups. `noisy` turns jitter and noise on: in training.
+    sum to less than one (Switch Transformers, arXiv 2101.03961). `topk-softmax` takes the softmax over the chosen
+    logits only; the weights sum to one (Shazeer et al., arXiv 1701.06538; Mixtral). See arXiv 2410.07524,
+    section 3, for how the two behave in upcycling. Sigmoid scores are those of DeepSeek-V3 (arXiv 2412.19437,
+    section 2.1.2), with its bias and its groups. `noisy` turns jitter and noise on: in training.
 
     The arithmetic is float32 whatever the model's dtype, also under autocast: routing is a comparison, and
     bfloat16 logits tie.
@@ -166,6 +166,12 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32, device=device) if config.selection_bias else None
         self.register_buffer("bias", bias_E)
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """(E,) float32, the norm of each expert's row: one that grows beyond the others takes all tokens."""
+        norms_E: Tensor = self.weight.float().norm(dim=1)
+        return norms_E
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts; the bias stays float32, since one step moves it by less than bfloat16 can tell."""

@@ -80,6 +80,7 @@ class RoutingTally:
     def __init__(self, layers: Mapping[int, MoELayer]) -> None:
         self.layers = layers
         self.counts: dict[int, Tensor] = {}
+        self.dropped: dict[int, Tensor] = {}
         self.losses: dict[int, Tensor] = {}
 
     def add(self, share: float) -> None:
@@ -89,13 +90,16 @@ class RoutingTally:
             counts = stats.tokens_per_expert.clone()
             losses = share * torch.stack([stats.balance_loss, stats.z_loss, stats.entropy])
             self.counts[number] = self.counts[number] + counts if number in self.counts else counts
+            self.dropped[number] = self.dropped.get(number, 0) + stats.dropped
             self.losses[number] = self.losses[number] + losses if number in self.losses else losses
 
     def record(self) -> dict[str, Any]:
         """For `metrics.jsonl`: losses as means over the layers, the load of each layer; empty for a dense model.
 
         `load` has a list for each of `moe_layers`: the share of the assignments that each expert received.
-        `load_imbalance` is that of the worst layer: the load of its busiest expert over the mean load.
+        `load_imbalance` is that of the worst layer: the load of its busiest expert over the mean load. `dead_experts`
+        counts those of all layers that no token chose, `dropped_share` the assignments that found no room, over all;
+        `router_norm` is the mean norm of the routers' rows.
         """
         if not self.layers:
             return {}
@@ -106,6 +110,9 @@ class RoutingTally:
             "z_loss": z,
             "router_entropy": entropy,
             "load_imbalance": max(float(c.max() / c.mean()) for c in counts.values()),
+            "dead_experts": sum(int((c == 0).sum()) for c in counts.values()),
+            "dropped_share": sum(map(int, self.dropped.values())) / sum(float(c.sum()) for c in counts.values()),
+            "router_norm": sum(float(layer.router.norms().mean()) for layer in self.layers.values()) / len(counts),
             "moe_layers": list(counts),
             "load": [[round(share, 6) for share in (c / c.sum()).tolist()] for c in counts.values()],
         }

@@ -28,7 +28,8 @@ def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
 
     A processor without instructions for bfloat16 or float16 products computes them in float32. The sum of a token
     is taken in the order of experts within each thread, then over the threads: another number of threads changes
-    its last bits. Raises `UsageError` on another device, and where the kernel cannot be compiled.
+    its last bits. There are no second derivatives. Raises `UsageError` on another device, and where the kernel
+    cannot be compiled.
     """
     if x_TD.device.type not in ("cpu", "meta"):
         raise UsageError(f"kernel 'native' runs on CPU, the tokens are on {x_TD.device}: use 'grouped' or 'triton'")
