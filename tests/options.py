@@ -76,7 +76,7 @@ COMBINATIONS: dict[str, Changes] = {
     "residual MoE": {"top_k": 1, "shared_size": 5, "shared_mode": "residual", "expert_bias": True, **_CAPACITY}
     | {"input_jitter": 0.125, "first_choices_first": False, "gated": False, "activation": "gelu"},
     "encoder": {**OPTIONS["expert choice"], "score": "sigmoid", "renormalize": True, "routed_scale": 2.5}
-    | {"logit_noise": 0.5, "input_jitter": 0.125, "shared_size": 5, "output_masking": 0.25},
+    | {"input_jitter": 0.125, "shared_size": 5, "output_masking": 0.25},
 }
 
 

@@ -52,7 +52,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quick_prints_rows_and_nothing_else(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
-    moe_layer.main(["--quick", "--json", "--device", "cpu", "--cases", "tiny", "--rounds", "2"])
+    moe_layer.main(["--quick", "--json", "--device", "cpu", "--cases", "tiny", "--rounds", "2", "--seconds", "inf"])
     rows = json.loads(capsys.readouterr().out)
     assert {(row["case"], row["dtype"], row["routing"], row["impl"]) for row in rows} == {
         ("tiny", dtype, routing, name) for dtype in DTYPES for routing in ROUTINGS for name in ("ours", "loop", "dense")

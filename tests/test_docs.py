@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 import re
-import runpy
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -56,7 +55,11 @@ def with_keys(page: str) -> str:
 
 
 def experiment(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
+    return module_at(ROOT / "experiments" / f"{name}.py")
+
+
+def module_at(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -107,7 +110,7 @@ def test_layer_page_names_every_option_and_no_other():
 
 def test_layer_page_runs(tmp_path):
     (tmp_path / "page.py").write_text("\n".join(layer_blocks("python")), encoding="utf-8")
-    names = runpy.run_path(str(tmp_path / "page.py"))
+    names = vars(module_at(tmp_path / "page.py"))
     assert names["y"].shape == (4, 16, 64)
     assert names["layer"].step_counts.sum() == 0
     assert names["model"].config._experts_implementation == "moewright"

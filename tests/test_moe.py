@@ -82,13 +82,6 @@ def test_layer_and_gradients_equal_the_definition(kernel, order, gated, activati
 
 
 @pytest.mark.parametrize("order", ROUTER_ORDERS)
-def test_gradcheck_in_float64(order):
-    layer = layer_of(kernel="loop", router_order=order, dtype=torch.float64)
-    x = tokens(5, dtype=torch.float64).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
-
-
-@pytest.mark.parametrize("order", ROUTER_ORDERS)
 @pytest.mark.parametrize("padded", [False, True])
 def test_attached_losses_equal_the_definition(order, padded):
     layer = layer_of(router_order=order, balance_loss=0.7, z_loss=0.3)

@@ -27,6 +27,8 @@ ILLEGAL = {
     ("groups", "expert choice"): ("num_groups=3", "choice=expert"),
     ("groups by two", "expert choice"): ("num_groups=3", "choice=expert"),
     ("selection_bias", "expert choice"): ("selection_bias", "choice=expert"),
+    ("normal noise", "expert choice"): ("logit_noise=0.5", "choice=expert"),
+    ("gumbel noise", "expert choice"): ("logit_noise=1.0", "choice=expert"),
     ("logit_norm", "z_loss"): ("logit_norm=1.5", "z_loss=0.125"),
     ("expert choice", "capacity"): ("choice=expert", "capacity factor"),
     ("expert choice", "evaluation capacity"): ("choice=expert", "capacity factor"),

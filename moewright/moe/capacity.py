@@ -10,7 +10,7 @@ from moewright.moe.config import MoEConfig
 
 
 def within_capacity(
-    experts_TK: Tensor, scores_TK: Tensor, config: MoEConfig, *, mask_T: Tensor | None, training: bool
+    experts_TK: Tensor, scores_TE: Tensor, config: MoEConfig, *, mask_T: Tensor | None, training: bool
 ) -> Tensor | None:
     """Which assignments are computed, (T, K) bool; None when all are.
 
@@ -23,7 +23,7 @@ def within_capacity(
     factor = config.capacity_factor if training else config.eval_capacity_factor
     if not factor:
         return None if mask_T is None else mask_T[:, None].expand_as(experts_TK)
-    order_N = _by_priority(scores_TK, config, training=training)
+    order_N = _by_priority(scores_TE.detach().gather(1, experts_TK), config, training=training)
     expert_N = experts_TK if mask_T is None else torch.where(mask_T[:, None], experts_TK, config.num_experts)
     sorted_N, index_N = expert_N.flatten()[order_N].sort(stable=True)
     rank_N = torch.arange(len(sorted_N), device=sorted_N.device) - torch.searchsorted(sorted_N, sorted_N)
@@ -46,7 +46,7 @@ def _by_priority(scores_TK: Tensor, config: MoEConfig, *, training: bool) -> Ten
     elif config.drop_policy == "random" and training:
         order_N = torch.rand(N, device=scores_TK.device).argsort()
     else:
-        order_N = scores_TK.detach().flatten().argsort(descending=True, stable=True)
+        order_N = scores_TK.flatten().argsort(descending=True, stable=True)
     if config.first_choices_first:
         order_N = order_N[(order_N % K).argsort(stable=True)]
     return order_N

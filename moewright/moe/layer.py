@@ -102,13 +102,13 @@ class MoELayer(nn.Module):
     def _tokens_choose(self, x_TD: Tensor, routing: Routing, *, length: int) -> Tensor:
         config, mask_T = self.config, self.context.token_mask
         experts_TK = routing.experts_TK
-        scores_TK = routing.scores_TE.gather(1, experts_TK)
-        kept_TK = within_capacity(experts_TK, scores_TK, config, mask_T=mask_T, training=self.training)
+        kept_TK = within_capacity(experts_TK, routing.scores_TE, config, mask_T=mask_T, training=self.training)
         weights_TK = combine_weights(routing.weights_TK, kept_TK, config, training=self.training)
 
         counts_E = count_tokens(experts_TK, num_experts=config.num_experts, mask_T=mask_T)
         computed = None if kept_TK is None else kept_TK.sum()
-        balance = self._balance_loss(routing, counts_E, length=length)
+        with torch.set_grad_enabled(self._attaches_losses()):
+            balance = self._balance_loss(routing, counts_E, length=length)
         weights_TK = self._with_losses(weights_TK, routing, counts_E, balance=balance, computed=computed)
 
         permutation = sort_by_expert(experts_TK, num_experts=config.num_experts, kept_TK=kept_TK)
@@ -141,12 +141,17 @@ class MoELayer(nn.Module):
             counts_E = self._over_ranks(counts_E + self.step_counts[:-1])
         return switch_loss(routing.probabilities_TE, counts_E, mask_T)
 
+    def _attaches_losses(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.config.balance_loss + self.config.z_loss > 0
+
     def _with_losses(
         self, weights: Tensor, routing: Routing, counts_E: Tensor, *, balance: Tensor, computed: Tensor | None
     ) -> Tensor:
         """Record the statistics, and attach the auxiliary losses to the combine weights in training."""
         mask_T = self.context.token_mask
-        z = z_loss(routing.logits_TE, mask_T)
+        attaches = self._attaches_losses()
+        with torch.set_grad_enabled(attaches):
+            z = z_loss(routing.logits_TE, mask_T)
         self.stats.record(
             tokens_per_expert=counts_E,
             computed=computed,
@@ -155,7 +160,7 @@ class MoELayer(nn.Module):
             z_loss=z,
             mask_T=mask_T,
         )
-        if not (self.training and torch.is_grad_enabled() and (self.config.balance_loss or self.config.z_loss)):
+        if not attaches:
             return weights
         auxiliary = self.balance_coefficient.to(balance) * balance + self.config.z_loss * z
         return attach_loss(weights, auxiliary * self.context.loss_scale.to(auxiliary))
