@@ -24,9 +24,12 @@ from benchmarks.cases import (
 from benchmarks.layers import Layer
 from benchmarks.measure import kept_bytes
 from benchmarks.peers import build
-from benchmarks.table import table
+from benchmarks.table import readme_table, table
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+RESULT, README = ROOT / "benchmarks" / "results" / "cpu-xeon-2core.json", ROOT / "README.md"
+START, END = "<!-- generated: python -m tests.test_benchmarks -->\n", "<!-- end -->"
 TINY = Case(name="tiny", D=32, T=48, E=8, K=2, F=16)
 ROW_FIELDS = {"case", "dtype", "impl", "ms", "ratio_to_dense", "routing", "rounds", "kept_mb", "peak_mb", "reason"}
 
@@ -169,3 +172,28 @@ def test_dispatch_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert [(row["impl"], row["E"]) for row in rows] == [("sorted", 8), ("one-hot", 8), ("sorted", 32), ("one-hot", 32)]
     assert all((row["ms"] is None) == (row["reason"] is not None) for row in rows)
     assert rows[0]["ms"] > 0
+
+
+def renewed(page: str) -> str:
+    """README with the table of the results file."""
+    before, _, rest = page.partition(START)
+    return (
+        before
+        + START
+        + readme_table(json.loads(RESULT.read_text(encoding="utf-8")))
+        + "\n"
+        + END
+        + rest.partition(END)[2]
+    )
+
+
+def test_readme_and_the_table_show_the_results() -> None:
+    content = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert RESULT.with_suffix(".md").read_text(encoding="utf-8") == table(content), "run moe_layer.py --table FILE"
+    page = README.read_text(encoding="utf-8")
+    assert START in page
+    assert renewed(page) == page, "run python -m tests.test_benchmarks"
+
+
+if __name__ == "__main__":
+    README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")

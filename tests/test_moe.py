@@ -1,5 +1,8 @@
 """The layer against its definition in float64, and the properties that every option keeps."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -371,3 +374,96 @@ def test_auto_is_native_on_a_cpu_and_grouped_where_it_cannot_be_compiled(tmp_pat
     assert "/no/such/compiler" in caplog.text
     with pytest.raises(UsageError, match="use kernel 'grouped'"):
         layer_of(kernel="native")(tokens())
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_what_is_not_a_number_stays_so(name, kernel):
+    # The training loop stops at a loss that is not finite: no kernel may swallow it.
+    layer = layer_of(kernel=kernel, activation=name, router_order="softmax-topk")
+    with torch.no_grad():
+        layer.experts.gate_up_proj[:, F // 2] = float("nan")
+    assert layer(tokens()).isnan().all()
+
+
+def test_padding_that_is_not_finite_harms_nobody():
+    layer = layer_of(balance_loss=0.1, z_loss=0.1)
+    x = tokens().detach()
+    x[::3] = float("nan")
+    layer.context.token_mask = torch.arange(T) % 3 != 0
+    layer(x)[layer.context.token_mask].sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    assert layer.stats.balance_loss.isfinite()
+    assert layer.stats.entropy.isfinite()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(T), torch.ones(T + 1).bool(), torch.ones(2, T // 2).bool()])
+def test_a_mask_of_another_form_is_refused(mask):
+    layer = layer_of()
+    layer.context.token_mask = mask
+    with pytest.raises(UsageError, match=f"for {T} tokens: it must be bool"):
+        layer(tokens())
+
+
+def test_casts_and_the_meta_device_keep_what_moves_outside_the_gradient():
+    changes = {"capacity_factor": 1.0, "balance_loss": 0.25, "balance_adaptation": 0.2, "selection_bias": True}
+    layer = layer_of(**changes)
+    layer.router.bias += 1e-4
+    layer.balance_coefficient += 1e-6
+    layer.bfloat16()
+    assert layer.router.weight.dtype == torch.bfloat16
+    assert layer.router.bias.tolist() == pytest.approx([1e-4] * E)
+    assert layer.balance_coefficient.item() == pytest.approx(0.250001)
+    empty_layer = MoELayer(layer.config, device="meta").to_empty(device="cpu")
+    assert empty_layer.balance_coefficient.item() == 0.25
+    assert empty_layer.step_counts.tolist() == [0] * (E + 1)
+
+
+def test_native_kernel_computes_only_gradients_that_are_asked_for():
+    layer, whole = layer_of(kernel="native", expert_bias=True), layer_of(kernel="native", expert_bias=True)
+    whole(tokens()).square().sum().backward()
+    layer.experts.requires_grad_(False)
+    layer.experts.down_proj_bias.requires_grad_(True)
+    layer(tokens()).square().sum().backward()
+    assert layer.experts.gate_up_proj.grad is layer.experts.down_proj.grad is None
+    assert torch.equal(layer.experts.down_proj_bias.grad, whole.experts.down_proj_bias.grad)
+    assert torch.equal(layer.router.weight.grad, whole.router.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_operators_keep_the_rules_of_torch(dtype):
+    from moewright.moe.kernels.native import _forward
+
+    x = torch.randn(D, 5).to(dtype).t().requires_grad_()  # not contiguous
+    first, down = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 2 * F, D), (2, D, F)))
+    sorted_ = sort_by_expert(torch.tensor([[0], [1], [1], [0], [1]]), num_experts=2)
+    arguments = (x, torch.rand(5, requires_grad=True), sorted_.token_N, sorted_.ends_E, first, down, None, None)
+    torch.library.opcheck(_forward, (*arguments, "silu", True, True), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_native_kernel_wants_one_dtype():
+    layer = layer_of(kernel="native")
+    with pytest.raises(UsageError, match="bfloat16 and experts of"):
+        layer(tokens(dtype=torch.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_process_has_buffers_of_its_own():
+    tensor = empty(512, 1024, dtype=torch.float32).fill_(1)
+    child = os.fork()
+    if not child:
+        tensor[0, 0] = 2  # no more: OpenMP's threads do not come along
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tensor == 1).all()
+
+
+def test_buffers_can_be_taken_and_given_back_by_many_threads():
+    def work(number):
+        for size in range(1, 60):
+            tensor = empty(size % 7 + 1, 1 << 18, dtype=torch.float32)
+            tensor.view(-1)[::4096] = number
+            assert (tensor.view(-1)[::4096] == number).all()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))

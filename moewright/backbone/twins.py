@@ -6,7 +6,7 @@ does with a twin's fields was read in its source or measured; see docs/formats.m
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 import torch
@@ -70,8 +70,8 @@ _HELD: Final = ("hidden_size", "expert_size", "num_experts", "top_k", "router_or
 
 def _refuses_always(config: PreTrainedConfig, layers: Mapping[int, MoEConfig]) -> str | None:
     """What no twin can hold."""
-    ignored: dict[str, Any] = {f.name: f.default for f in fields(MoEConfig) if f.name in TRAINING_FIELDS - {"causal"}}
-    if len({replace(config, **ignored) for config in layers.values()}) > 1:
+    compared = [field.name for field in fields(MoEConfig) if field.name not in TRAINING_FIELDS]
+    if len({tuple(getattr(config, name) for name in compared) for config in layers.values()}) > 1:
         return "its sparse layers differ from one another"
     first = next(iter(layers.values()))
     if not first.gated:

@@ -272,6 +272,8 @@ class MoEConfig:
         if not self.has_capacity and (self.drop_policy != "position" or self.first_choices_first):
             given = "first_choices_first" if self.first_choices_first else f"drop_policy={self.drop_policy}"
             yield f"{given} without capacity_factor or eval_capacity_factor: nothing is dropped"
+        if not self.has_capacity and self.min_capacity != 4:
+            yield f"min_capacity={self.min_capacity} without a capacity factor: nothing is dropped; leave it out"
         if self.first_choices_first and self.top_k == 1:
             yield "first_choices_first with top_k=1: there are only first choices"
 
@@ -282,6 +284,8 @@ class MoEConfig:
             yield f"balance_scope={self.balance_scope} with balance_loss=0: there is no such loss; give its coefficient"
         if self.balance_adaptation and not (self.capacity_factor and self.balance_loss):
             yield "balance_adaptation without capacity_factor and balance_loss: it follows the dropped share from there"
+        if self.max_balance_loss != 0.01 and not self.balance_adaptation:
+            yield f"max_balance_loss={self.max_balance_loss} without balance_adaptation: it has no effect; leave it out"
         if self.z_loss and self.score == "sigmoid":
             yield f"z_loss={self.z_loss} with score=sigmoid: it bounds the softmax's normaliser, and there is none"
 

@@ -4,11 +4,14 @@ Letters: T tokens, D model width, E experts, K experts a token, C tokens an expe
 """
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 
+from moewright.errors import UsageError
 from moewright.moe.balance import (
     attach_loss,
     count_tokens,
@@ -39,7 +42,7 @@ class MoELayer(nn.Module):
     """
 
     balance_coefficient: Tensor
-    """0-dim float32, the balance loss is multiplied with it; only with `balance_adaptation` does it ever change."""
+    """0-dim float32: what the balance loss is multiplied with, in place of `balance_loss`, if there is adaptation."""
     step_counts: Tensor
     """(E + 1,) int64, of this step's micro-batches so far: assignments to each expert, and dropped ones last."""
 
@@ -87,9 +90,28 @@ class MoELayer(nn.Module):
         coefficient = torch.full((), config.balance_loss, dtype=torch.float32, device=self.step_counts.device)
         self.register_buffer("balance_coefficient", coefficient, persistent=config.balance_adaptation > 0)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; the coefficient stays float32, and both are set anew when they leave the meta device."""
+        coefficient, from_meta = self.balance_coefficient, self.step_counts.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if from_meta and not self.step_counts.is_meta:
+            self.step_counts.zero_()
+            self.balance_coefficient = torch.full_like(self.balance_coefficient, self.config.balance_loss).float()
+        elif self.balance_coefficient.dtype != coefficient.dtype:
+            self.balance_coefficient = coefficient.to(self.balance_coefficient.device)
+        return self
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         config = self.config
         x_TD = hidden_states.reshape(-1, config.hidden_size)
+        if (mask_T := self.context.token_mask) is not None:
+            if mask_T.dtype != torch.bool or mask_T.shape != x_TD.shape[:1]:
+                raise UsageError(
+                    f"token_mask is {tuple(mask_T.shape)} {mask_T.dtype} for {len(x_TD)} tokens: it must be bool, "
+                    "one value for each token of the flattened batch"
+                )
+            # What padding holds is nobody's: zeros, since even times 0 a value that is not finite would spread.
+            x_TD = torch.where(mask_T[:, None], x_TD, 0)
         routing = self.router(x_TD, config)
         if config.choice == "token":
             routed_TD = self._tokens_choose(x_TD, routing, length=math.prod(hidden_states.shape[-2:-1]))
@@ -136,8 +158,9 @@ class MoELayer(nn.Module):
         scope, mask_T = self.config.balance_scope, self.context.token_mask
         if scope == "sequence":
             return sequence_switch_loss(routing.probabilities_TE, routing.experts_TK, length=length, mask_T=mask_T)
-        if scope == "global":
-            # Micro-batches that are still to come cannot be counted yet (arXiv 2501.11873 does the same).
+        if scope == "global" and self._attaches_losses():
+            # Micro-batches that are still to come cannot be counted yet (arXiv 2501.11873 does the same). Not in
+            # evaluation: one rank may do that alone, and the step's counts are none of its business.
             counts_E = self._over_ranks(counts_E + self.step_counts[:-1])
         return switch_loss(routing.probabilities_TE, counts_E, mask_T)
 
@@ -162,7 +185,9 @@ class MoELayer(nn.Module):
         )
         if not attaches:
             return weights
-        auxiliary = self.balance_coefficient.to(balance) * balance + self.config.z_loss * z
+        config = self.config
+        coefficient = self.balance_coefficient.to(balance) if config.balance_adaptation else config.balance_loss
+        auxiliary = coefficient * balance + config.z_loss * z
         return attach_loss(weights, auxiliary * self.context.loss_scale.to(auxiliary))
 
     @torch.no_grad()
@@ -175,12 +200,12 @@ class MoELayer(nn.Module):
         """Move the selection bias and the adaptive coefficient by what the step counted, and count from 0 again."""
         config = self.config
         if config.bias_update_rate or config.balance_adaptation:
-            *_, dropped = counts = self._over_ranks(self.step_counts)
+            counts = self._over_ranks(self.step_counts)
             if config.bias_update_rate:
                 assert self.router.bias is not None, "MoEConfig asks for a bias where it is moved"
                 self.router.bias.copy_(moved_bias(self.router.bias, counts[:-1], rate=config.bias_update_rate))
             if config.balance_adaptation:
-                share = dropped / counts[:-1].sum().clamp(min=1)
+                share = counts[-1] / counts[:-1].sum().clamp(min=1)
                 rate, most = config.balance_adaptation, config.max_balance_loss
                 moved = moved_coefficient(self.balance_coefficient, share, rate=rate, most=most)
                 self.balance_coefficient.copy_(moved)

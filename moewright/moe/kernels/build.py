@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -12,18 +13,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
-# Not -ffast-math, which would change how the whole process rounds; the two are what vector loops need of it.
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-mprefer-vector-width=512",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-std=c++20",
-    "-fopenmp",
-    "-fPIC",
-    "-shared",
-)
+# Not -ffast-math, which would change how the whole process rounds: the two are what vector loops need of it.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
 
 _log = logging.getLogger("moewright")
 
@@ -41,13 +32,10 @@ def problem() -> str | None:
 
 def compiled() -> Path:
     """The shared library, compiled if it is not there yet. Raises OSError and CalledProcessError."""
-    folder = cache_folder()
-    target = folder / f"native-{_identity()}.so"
+    folder, compiler = cache_folder(), _compiler()
+    target = folder / f"native-{_identity(compiler)}.so"
     if target.exists():
         return target
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise FileNotFoundError("there is no C++ compiler: install g++ or clang++, or set CXX to one")
     _log.warning("compiling the CPU kernel for torch %s, once: about half a minute", torch.__version__)
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
@@ -56,7 +44,7 @@ def compiled() -> Path:
         result = Path(scratch) / target.name
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
-        command = [compiler, *FLAGS, abi, f"-I{root / 'include'}", str(SOURCE), "-o", str(result), *libraries]
+        command = [*compiler, *FLAGS, abi, f"-I{root / 'include'}", str(SOURCE), "-o", str(result), *libraries]
         subprocess.run(command, check=True, capture_output=True, text=True)
         result.replace(target)
     return target
@@ -69,8 +57,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moewright"
 
 
-def _identity() -> str:
+def _compiler() -> list[str]:
+    """`CXX`, which may be a command with arguments, or the first C++ compiler that there is."""
+    if given := os.environ.get("CXX"):
+        return shlex.split(given)
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if found is None:
+        raise FileNotFoundError("there is no C++ compiler: install g++ or clang++, or set CXX to one")
+    return [found]
+
+
+def _identity(compiler: list[str]) -> str:
     """Changes with everything that the compiled code depends on."""
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
     processor = sorted(torch.cpu.get_capabilities().items())
-    facts = (SOURCE.read_text(encoding="utf-8"), FLAGS, torch.__version__, os.environ.get("CXX"), processor)
+    facts = (SOURCE.read_text(encoding="utf-8"), FLAGS, torch.__version__, compiler, version, processor)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

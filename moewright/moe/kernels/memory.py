@@ -6,6 +6,7 @@ caching allocator for this reason; torch has none on CPU.
 """
 
 import mmap
+import threading
 import weakref
 from math import prod
 
@@ -23,31 +24,37 @@ class _Blocks:
     def __init__(self) -> None:
         self.free: list[mmap.mmap] = []
         self.used_bytes = 0
+        # Tensors die in any thread, also in one that is just taking a block.
+        self.lock = threading.RLock()
 
     def take(self, size: int) -> mmap.mmap:
         """A mapping of exactly `size` bytes; its content is what was left there."""
-        for position in reversed(range(len(self.free))):
-            if len(self.free[position]) == size:
-                block = self.free.pop(position)
-                break
-        else:
+        with self.lock:
+            self.used_bytes += size
+            for block in reversed(self.free):
+                if len(block) == size:
+                    self.free.remove(block)
+                    return block
             # Sizes that are asked for no more: never keep more than is in use.
             while self.free and sum(map(len, self.free)) > self.used_bytes:
                 self.free.pop(0)
-            block = mmap.mmap(-1, size)
-        self.used_bytes += size
-        return block
+        # Private: a process that is forked must not share them.
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
     def give_back(self, block: mmap.mmap) -> None:
-        self.used_bytes -= len(block)
-        self.free.append(block)
+        with self.lock:
+            self.used_bytes -= len(block)
+            self.free.append(block)
 
 
 _BLOCKS = _Blocks()
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty` on CPU. The memory is used again once no tensor refers to it."""
+    """Like `torch.empty` on CPU. The memory is used again once no tensor refers to it.
+
+    Such a storage cannot be resized.
+    """
     size = prod(shape) * dtype.itemsize
     if size < SMALLEST:
         return torch.empty(shape, dtype=dtype)

@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -58,12 +59,12 @@ ACTIVATION(Tanh, value = std::tanh(x); slope = T(1) - value * value;)
 ACTIVATION(Linear, value = x; slope = T(1);)
 ACTIVATION(Relu, slope = x > T(0) ? T(1) : T(0); value = x * slope;)
 ACTIVATION(LeakyRelu, slope = x > T(0) ? T(1) : T(0.01); value = x * slope;)
-ACTIVATION(SquaredRelu, T r = x > T(0) ? x : T(0); value = r * r; slope = T(2) * r;)
+ACTIVATION(SquaredRelu, T r = x < T(0) ? T(0) : x; value = r * r; slope = T(2) * r;)
 ACTIVATION(Relu6, slope = x > T(0) && x < T(6) ? T(1) : T(0); value = x < T(0) ? T(0) : x > T(6) ? T(6) : x;)
 ACTIVATION(Gelu, T c = T(0.5) * (T(1) + std::erf(x * T(M_SQRT1_2))); value = x * c;
            slope = c + x * T(0.5 * M_SQRT1_2 * M_2_SQRTPI) * exponential(T(-0.5) * x * x);)
-ACTIVATION(ClippedGelu, Gelu::at(x, value, slope); slope = value <= T(10) ? slope : T(0);
-           value = value <= T(10) ? value : T(10);)
+ACTIVATION(ClippedGelu, Gelu::at(x, value, slope); slope = value > T(10) ? T(0) : slope;
+           value = value > T(10) ? T(10) : value;)
 ACTIVATION(TanhGelu, T k = T(M_SQRT1_2 * M_2_SQRTPI); T s = logistic(T(2) * k * (x + T(0.044715) * x * x * x));
            value = x * s;  // (1 + tanh(u)) / 2 = logistic(2 u)
            slope = s + x * T(2) * s * (T(1) - s) * k * (T(1) + T(3 * 0.044715) * x * x);)
@@ -73,6 +74,14 @@ ACTIVATION(Hardswish, T r = x + T(3); r = r < T(0) ? T(0) : r > T(6) ? T(6) : r;
            slope = x <= T(-3) ? T(0) : x >= T(3) ? T(1) : x / T(3) + T(0.5);)
 ACTIVATION(Laplace, T z = (x - T(0.707107)) / T(0.282095 * M_SQRT2); value = T(0.5) * (T(1) + std::erf(z));
            slope = exponential(-z * z) * T(0.5 * M_2_SQRTPI / (0.282095 * M_SQRT2));)
+
+// In parallel where all threads work on one expert; a thread with experts of its own does its rows itself.
+template <class Row>
+void for_rows(int64_t n, const Row& row) {
+  at::parallel_for(0, n, 64, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) row(i);
+  });
+}
 
 // ---- element by element, rows of an expert; `gate` and `up` are the halves of a row of H ----
 
@@ -84,7 +93,7 @@ using Backward = void (*)(const T* h_nH, const T* weight_n, const T* d_a_nF, T* 
 
 template <class T, class A, bool GATED>
 void forward_rows(const T* h_nH, const T* weight_n, T* a_nF, int64_t n, int64_t F) {
-  for (int64_t i = 0; i < n; i++) {
+  for_rows(n, [&](int64_t i) {
     const T *__restrict gate = h_nH + i * F * (GATED ? 2 : 1), *__restrict up = gate + F;
     const T weight = weight_n[i];
     T* __restrict a = a_nF + i * F;
@@ -94,14 +103,14 @@ void forward_rows(const T* h_nH, const T* weight_n, T* a_nF, int64_t n, int64_t 
       A::template at<T>(gate[f], value, slope);
       a[f] = value * weight * (GATED ? up[f] : T(1));
     }
-  }
+  });
 }
 
 // Reads the gradient of what went into the second product, before its combine weight; leaves that input, weighted.
 template <class T, class A, bool GATED>
 void backward_rows(const T* h_nH, const T* weight_n, const T* d_a_nF, T* a_nF, T* d_h_nH, T* d_weight_n, int64_t n,
                    int64_t F) {
-  for (int64_t i = 0; i < n; i++) {
+  for_rows(n, [&](int64_t i) {
     const int64_t row = i * F * (GATED ? 2 : 1);
     const T *gate = h_nH + row, *up = gate + F, *d_a = d_a_nF + i * F;
     T weight = weight_n[i], *a = a_nF + i * F, *d_gate = d_h_nH + row, *d_up = d_gate + F, sum = 0;
@@ -115,7 +124,7 @@ void backward_rows(const T* h_nH, const T* weight_n, const T* d_a_nF, T* a_nF, T
       if constexpr (GATED) d_up[f] = gradient * value;
     }
     d_weight_n[i] = sum;
-  }
+  });
 }
 
 template <class T>
@@ -164,7 +173,7 @@ struct Plan {
 };
 
 // The heaviest expert first, each to the thread with least to do. An expert too heavy for one thread is left to all.
-// What lies between an expert's products stays below a few megabytes by taking `most` rows at a time.
+// What lies between an expert's products stays small by taking `most` rows at a time.
 Plan plan_of(const Tensor& ends_E, int64_t most) {
   const int32_t* ends = ends_E.const_data_ptr<int32_t>();
   const int64_t E = ends_E.numel(), threads = at::get_num_threads();
@@ -192,7 +201,7 @@ Plan plan_of(const Tensor& ends_E, int64_t most) {
   return plan;
 }
 
-// A buffer of this thread, by number: what is written to one is gone when its number is asked for again.
+// A buffer that this thread keeps, by number: what is written to one is gone when its number is asked for again.
 Tensor scratch(size_t number, int64_t rows, int64_t columns, at::ScalarType dtype) {
   thread_local std::vector<Tensor> buffers;
   if (buffers.size() <= number) buffers.resize(number + 1);
@@ -208,7 +217,8 @@ Tensor cast(const Tensor& tensor, at::ScalarType dtype, size_t number) {
   return scratch(number, tensor.size(0), tensor.size(1), dtype).copy_(tensor);
 }
 
-// Runs `work(block, sum)` for all blocks, where `sum` (T, D) is the thread's own, and returns the sum of these.
+// Runs `work(block, sum)` for all blocks, where `sum` (T, D) is the thread's own, and returns the sum of these:
+// memory for threads * T * D numbers while it runs.
 template <class Work>
 Tensor sum_over_threads(const Plan& plan, const Tensor& like_TD, at::ScalarType wide, const Work& work) {
   std::vector<Tensor> sums(plan.shares.size());
@@ -216,22 +226,16 @@ Tensor sum_over_threads(const Plan& plan, const Tensor& like_TD, at::ScalarType 
     at::AutoDispatchBelowADInplaceOrView guard;  // belongs to a thread
     for (int64_t i = first; i < last; i++) {
       if (plan.shares[i].empty()) continue;
-      sums[i] = scratch(16 + (i - first), like_TD.size(0), like_TD.size(1), wide).zero_();
+      sums[i] = at::zeros(like_TD.sizes(), like_TD.options().dtype(wide));
       for (const Block& block : plan.shares[i]) work(block, sums[i]);
     }
   });
-  Tensor total_TD = at::empty(like_TD.sizes(), like_TD.options().dtype(wide));
-  bool written = false;
+  Tensor total_TD;
   for (const Tensor& sum : sums) {
     if (!sum.defined()) continue;
-    if (written) {
-      total_TD.add_(sum);
-    } else {
-      total_TD.copy_(sum);
-    }
-    written = true;
+    total_TD = total_TD.defined() ? total_TD.add_(sum) : sum;
   }
-  if (!written) total_TD.zero_();
+  if (!total_TD.defined()) total_TD = at::zeros(like_TD.sizes(), like_TD.options().dtype(wide));
   for (const Block& block : plan.heavy) work(block, total_TD);
   return total_TD;
 }
@@ -241,20 +245,22 @@ Tensor rows(const Tensor& source_TD, const int64_t* token_n, int64_t n, size_t n
   const size_t bytes = source_TD.size(1) * source_TD.element_size();
   const char* from = static_cast<const char*>(source_TD.const_data_ptr());
   char* to = static_cast<char*>(rows_nD.mutable_data_ptr());
-  for (int64_t i = 0; i < n; i++) std::memcpy(to + i * bytes, from + token_n[i] * bytes, bytes);
+  for_rows(n, [&](int64_t i) { std::memcpy(to + i * bytes, from + token_n[i] * bytes, bytes); });
   return rows_nD;
 }
 
+// A token occurs once among the rows of an expert.
 template <class T>
 void add_rows(Tensor& sum_TD, const int64_t* token_n, const Tensor& rows_nD) {
   const int64_t n = rows_nD.size(0), D = rows_nD.size(1);
   T* sum = sum_TD.mutable_data_ptr<T>();
   const T* row = rows_nD.const_data_ptr<T>();
-  for (int64_t i = 0; i < n; i++, row += D) {
+  for_rows(n, [&](int64_t i) {
     T* to = sum + token_n[i] * D;
+    const T* from = row + i * D;
 #pragma omp simd
-    for (int64_t d = 0; d < D; d++) to[d] += row[d];
-  }
+    for (int64_t d = 0; d < D; d++) to[d] += from[d];
+  });
 }
 
 // out = a @ b, or out += a @ b; where `out` is of another dtype the sum is kept in a buffer from block to block.
@@ -282,17 +288,20 @@ int64_t rows_at_once(at::ScalarType compute) { return at::elementSize(compute) >
 
 template <class T>
 Tensor forward_as(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N, const Tensor& ends_E,
-                  const Experts& experts, const Elementwise<T>& rowwise, Tensor& hidden_NH) {
+                  const Experts& experts, const Elementwise<T>& rowwise, const Optional& hidden_NH) {
   const auto wide = c10::CppTypeToScalarType<T>::value, compute = x_TD.scalar_type();
   const int64_t *token = token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
+  const int64_t H = experts.first_EHD.size(1);
   const T* weight = weight_N.const_data_ptr<T>();
   return sum_over_threads(plan_of(ends_E, rows_at_once(compute)), x_TD, wide, [&](const Block& block, Tensor& sum_TD) {
     const int64_t n = block.end - block.start, e = block.expert;
-    Tensor x_nD = rows(x_TD, token + block.start, n, 0), kept_nH = hidden_NH.narrow(0, block.start, n);
-    Tensor h_nH = kept_nH.scalar_type() == compute ? kept_nH : scratch(1, n, kept_nH.size(1), compute);
+    Tensor x_nD = rows(x_TD, token + block.start, n, 0), kept_nH;
+    if (hidden_NH) kept_nH = hidden_NH->narrow(0, block.start, n);
+    const bool direct = hidden_NH && hidden_NH->scalar_type() == compute;
+    Tensor h_nH = direct ? kept_nH : scratch(1, n, H, compute);
     at::mm_out(h_nH, x_nD, cast(experts.first_EHD[e], compute, 2).t());
     if (experts.first_bias_EH) h_nH.add_((*experts.first_bias_EH)[e]);
-    if (!h_nH.is_same(kept_nH)) kept_nH.copy_(h_nH);
+    if (hidden_NH && !direct) kept_nH.copy_(h_nH);
 
     Tensor wide_nH = cast(h_nH, wide, 3), a_nF = scratch(4, n, F, wide);
     rowwise.forward(wide_nH.const_data_ptr<T>(), weight + block.start, a_nF.mutable_data_ptr<T>(), n, F);
@@ -306,17 +315,15 @@ Tensor forward_as(const Tensor& x_TD, const Tensor& weight_N, const Tensor& toke
 template <class T>
 Tensor backward_as(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_TD, const Tensor& weight_N,
                    const Tensor& token_N, const Tensor& ends_E, const Experts& experts, const Elementwise<T>& rowwise,
-                   Tensor& d_weight_N, Tensor& d_first_EHD, Tensor& d_down_EDF, const Optional& d_first_bias_EH,
-                   const Optional& d_down_bias_ED) {
+                   Tensor& d_weight_N, const Optional& d_first_EHD, const Optional& d_down_EDF,
+                   const Optional& d_first_bias_EH, const Optional& d_down_bias_ED) {
   const auto wide = c10::CppTypeToScalarType<T>::value, compute = x_TD.scalar_type();
   const int64_t *token = token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
   const T* weight = weight_N.const_data_ptr<T>();
   const Plan plan = plan_of(ends_E, rows_at_once(compute));
   for (int64_t e : plan.idle) {
-    d_first_EHD[e].zero_();
-    d_down_EDF[e].zero_();
-    if (d_first_bias_EH) (*d_first_bias_EH)[e].zero_();
-    if (d_down_bias_ED) (*d_down_bias_ED)[e].zero_();
+    for (const Optional* gradient : {&d_first_EHD, &d_down_EDF, &d_first_bias_EH, &d_down_bias_ED})
+      if (*gradient) (**gradient)[e].zero_();
   }
   return sum_over_threads(plan, x_TD, wide, [&](const Block& block, Tensor& sum_TD) {
     const int64_t n = block.end - block.start, e = block.expert;
@@ -330,15 +337,18 @@ Tensor backward_as(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& 
     rowwise.backward(h_nH.const_data_ptr<T>(), weight + block.start, wide_d_a_nF.const_data_ptr<T>(),
                      a_nF.mutable_data_ptr<T>(), d_h_nH.mutable_data_ptr<T>(),
                      d_weight_N.mutable_data_ptr<T>() + block.start, n, F);
-    product_into(d_down_EDF[e], g_nD.t(), cast(a_nF, compute, 8), block.more, 9);
+    if (d_down_EDF) product_into((*d_down_EDF)[e], g_nD.t(), cast(a_nF, compute, 8), block.more, 9);
     if (d_down_bias_ED) {
       Tensor weight_n1 = weight_N.narrow(0, block.start, n).unsqueeze(1).to(compute);
       product_into((*d_down_bias_ED)[e].unsqueeze(1), g_nD.t(), weight_n1, block.more, 10);
-      Tensor bias_D1 = (*experts.down_bias_ED)[e].unsqueeze(1).to(compute);
-      d_weight_N.narrow(0, block.start, n).add_(g_nD.mm(bias_D1).squeeze(1));
+    }
+    if (experts.down_bias_ED) {
+      Tensor from_bias_n1 = scratch(16, n, 1, compute);
+      at::mm_out(from_bias_n1, g_nD, (*experts.down_bias_ED)[e].unsqueeze(1).to(compute));
+      d_weight_N.narrow(0, block.start, n).add_(from_bias_n1.squeeze(1));
     }
     Tensor g_nH = cast(d_h_nH, compute, 11);
-    product_into(d_first_EHD[e], g_nH.t(), x_nD, block.more, 12);
+    if (d_first_EHD) product_into((*d_first_EHD)[e], g_nH.t(), x_nD, block.more, 12);
     if (d_first_bias_EH) {
       Tensor ones_n1 = scratch(13, n, 1, compute).fill_(1);
       product_into((*d_first_bias_EH)[e].unsqueeze(1), g_nH.t(), ones_n1, block.more, 14);
@@ -351,7 +361,7 @@ Tensor backward_as(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& 
 // x is in the dtype of the products; weight in float, or double with double.
 Tensor forward(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N, const Tensor& ends_E,
                const Tensor& first_EHD, const Tensor& down_EDF, const Optional& first_bias_EH,
-               const Optional& down_bias_ED, std::string activation, bool gated, Tensor hidden_NH) {
+               const Optional& down_bias_ED, std::string activation, bool gated, const Optional& hidden_NH) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Experts experts{first_EHD, down_EDF, first_bias_EH, down_bias_ED};
   if (x_TD.scalar_type() == at::kDouble)
@@ -362,8 +372,8 @@ Tensor forward(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N
 Tensor backward(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_TD, const Tensor& weight_N,
                 const Tensor& token_N, const Tensor& ends_E, const Tensor& first_EHD, const Tensor& down_EDF,
                 const Optional& first_bias_EH, const Optional& down_bias_ED, std::string activation, bool gated,
-                Tensor d_weight_N, Tensor d_first_EHD, Tensor d_down_EDF, const Optional& d_first_bias_EH,
-                const Optional& d_down_bias_ED) {
+                Tensor d_weight_N, const Optional& d_first_EHD, const Optional& d_down_EDF,
+                const Optional& d_first_bias_EH, const Optional& d_down_bias_ED) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Experts experts{first_EHD, down_EDF, first_bias_EH, down_bias_ED};
   auto as = [&](const auto& rowwise) {
@@ -379,11 +389,11 @@ Tensor backward(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_T
 TORCH_LIBRARY(moewright_native, library) {
   library.def(
       "forward(Tensor x, Tensor weight, Tensor token, Tensor ends, Tensor first, Tensor down, Tensor? first_bias, "
-      "Tensor? down_bias, str activation, bool gated, Tensor(a!) hidden) -> Tensor",
+      "Tensor? down_bias, str activation, bool gated, Tensor(a!)? hidden) -> Tensor",
       &forward);
   library.def(
       "backward(Tensor d_y, Tensor hidden, Tensor x, Tensor weight, Tensor token, Tensor ends, Tensor first, "
       "Tensor down, Tensor? first_bias, Tensor? down_bias, str activation, bool gated, Tensor(a!) d_weight, "
-      "Tensor(b!) d_first, Tensor(c!) d_down, Tensor(d!)? d_first_bias, Tensor(e!)? d_down_bias) -> Tensor",
+      "Tensor(b!)? d_first, Tensor(c!)? d_down, Tensor(d!)? d_first_bias, Tensor(e!)? d_down_bias) -> Tensor",
       &backward);
 }

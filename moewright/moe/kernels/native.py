@@ -9,6 +9,7 @@ read while it is still in the cache, no permuted copy of the tokens is made, and
 that was used before. Kept for backward: the tokens, and what came out of the first product, (N, H).
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -34,8 +35,13 @@ def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     if x_TD.device.type not in ("cpu", "meta"):
         raise UsageError(f"kernel 'native' runs on CPU, the tokens are on {x_TD.device}: use 'grouped' or 'triton'")
     activation_named(experts.activation)
+    for parameter in (experts.first_EHD, experts.down_EDF):
+        if parameter.dtype != x_TD.dtype:
+            raise UsageError(f"tokens of {x_TD.dtype} and experts of {parameter.dtype}: cast one, or use autocast")
+    tensors = [x_TD, weights_TK, *(t for t in experts[:4] if isinstance(t, Tensor))]
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     weight_N = weights_TK.flatten().gather(0, permutation.order_N)
-    y_TD: Tensor = _forward(x_TD, weight_N, permutation.token_N, permutation.ends_E, *experts)[0]
+    y_TD: Tensor = _forward(x_TD, weight_N, permutation.token_N, permutation.ends_E, *experts, keep)[0]
     return y_TD
 
 
@@ -68,18 +74,24 @@ def _forward(
     down_bias_ED: Tensor | None,
     activation: str,
     gated: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sums (T, D), and the results of the first product (N, H); rows of no expert are not written."""
-    hidden_NH = empty(len(token_N), first_EHD.shape[1], dtype=x_TD.dtype)
+    """The weighted sums (T, D), and if `keep` the results of the first product, (N, H), else (0, H).
+
+    Rows of no expert are not written.
+    """
+    hidden_NH = empty(len(token_N) if keep else 0, first_EHD.shape[1], dtype=x_TD.dtype)
     weights = (first_EHD.contiguous(), down_EDF.contiguous(), first_bias_EH, down_bias_ED)
     source_TD = x_TD.to(_compute_dtype(x_TD.dtype)).contiguous()
-    y_TD = _library().forward(source_TD, weight_N, token_N, ends_E, *weights, activation, gated, hidden_NH)
-    return y_TD.to(x_TD.dtype, copy=False), hidden_NH
+    y_TD = _library().forward(
+        source_TD, weight_N, token_N, ends_E, *weights, activation, gated, hidden_NH if keep else None
+    )
+    return y_TD.to(x_TD.dtype), hidden_NH
 
 
 @_forward.register_fake
-def _(x_TD: Tensor, weight_N: Tensor, token_N: Tensor, ends_E: Tensor, first_EHD: Tensor, *_: Any) -> Any:
-    return torch.empty_like(x_TD), x_TD.new_empty(token_N.shape[0], first_EHD.shape[1])
+def _(x_TD: Tensor, weight_N: Tensor, token_N: Tensor, ends_E: Tensor, first_EHD: Tensor, *rest: Any) -> Any:
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(token_N.shape[0] if rest[-1] else 0, first_EHD.shape[1])
 
 
 @torch.library.custom_op("moewright::experts_backward", mutates_args=())
@@ -96,10 +108,12 @@ def _backward(
     down_bias_ED: Tensor | None,
     activation: str,
     gated: bool,
+    trained: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, first and down, and of both biases (empty where there are none)."""
+    """Gradients of x and weight, and of first, down and both biases where `trained` (empty where not)."""
     weights = (first_EHD.contiguous(), down_EDF.contiguous(), first_bias_EH, down_bias_ED)
-    gradients = [None if p is None else empty(*p.shape, dtype=p.dtype) for p in weights]
+    both = zip(weights, trained, strict=True)
+    gradients = [empty(*p.shape, dtype=p.dtype) if p is not None and wanted else None for p, wanted in both]
     d_weight_N, compute = torch.zeros_like(weight_N), _compute_dtype(x_TD.dtype)
     inputs = (d_y_TD.to(compute).contiguous(), hidden_NH, x_TD.to(compute).contiguous(), weight_N, token_N, ends_E)
     d_x_TD = _library().backward(*inputs, *weights, activation, gated, d_weight_N, *gradients)
@@ -108,19 +122,21 @@ def _backward(
 
 @_backward.register_fake
 def _(d_y: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, token: Tensor, ends: Tensor, *rest: Any) -> Any:
-    return torch.empty_like(x), torch.empty_like(weight), *(x.new_empty(0 if p is None else p.shape) for p in rest[:4])
+    gradients = (x.new_empty(p.shape if wanted else 0) for p, wanted in zip(rest[:4], rest[-1], strict=True))
+    return x.new_empty(x.shape), torch.empty_like(weight), *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # nobody asks for that of `hidden`
     ctx.save_for_backward(output[1], *inputs[:8])
-    ctx.form = inputs[8:]
+    ctx.form = inputs[8:10]
 
 
 def _gradients(ctx: Any, d_y_TD: Tensor, d_hidden: None) -> tuple[Tensor | None, ...]:
-    d_x, d_weight, d_first, d_down, d_first_bias, d_down_bias = _backward(d_y_TD, *ctx.saved_tensors, *ctx.form)
-    biases = (d_first_bias if len(d_first_bias) else None, d_down_bias if len(d_down_bias) else None)
-    return d_x, d_weight, None, None, d_first, d_down, *biases, None, None
+    trained = list(ctx.needs_input_grad[4:8])
+    d_x, d_weight, *found = _backward(d_y_TD, *ctx.saved_tensors, *ctx.form, trained)
+    gradients = (gradient if wanted else None for gradient, wanted in zip(found, trained, strict=True))
+    return d_x, d_weight, None, None, *gradients, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)

@@ -19,6 +19,12 @@ def _gelu(x):
 
 
 @triton.jit
+def _clamped(x, low: tl.constexpr, high: tl.constexpr):
+    """Between `low` and `high`; NaN stays NaN, which `tl.minimum` would lose."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
 def activate(x, NAME: tl.constexpr):
     """Value and slope at `x`, both float32. At a kink the slope is the one that torch takes."""
     if NAME == "silu":
@@ -33,22 +39,23 @@ def activate(x, NAME: tl.constexpr):
         value, slope = _gelu(x)
     elif NAME == "gelu_10":
         value, slope = _gelu(x)
-        slope = tl.where(value <= 10.0, slope, 0.0)
-        value = tl.minimum(value, 10.0)
+        slope = tl.where(value > 10.0, 0.0, slope)
+        value = _clamped(value, -10.0, 10.0)
     elif NAME == "relu":
-        value = tl.maximum(x, 0.0)
+        value = tl.where(x < 0, 0.0, x)
         slope = tl.where(x > 0, 1.0, 0.0)
     elif NAME == "relu2":
-        value = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
-        slope = 2 * tl.maximum(x, 0.0)
+        rectified = tl.where(x < 0, 0.0, x)
+        value = rectified * rectified
+        slope = 2 * rectified
     elif NAME == "relu6":
-        value = tl.minimum(tl.maximum(x, 0.0), 6.0)
+        value = _clamped(x, 0.0, 6.0)
         slope = tl.where((x > 0) & (x < 6), 1.0, 0.0)
     elif NAME == "leaky_relu":
         slope = tl.where(x > 0, 1.0, 0.01)
         value = x * slope
     elif NAME == "hardswish":
-        value = x * tl.minimum(tl.maximum(x + 3, 0.0), 6.0) / 6
+        value = x * _clamped(x + 3, 0.0, 6.0) / 6
         slope = tl.where(x <= -3, 0.0, tl.where(x < 3, x / 3 + 0.5, 1.0))
     elif NAME == "laplace":
         inner = (x - 0.707107) / 0.39894257487763823
