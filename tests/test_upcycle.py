@@ -210,7 +210,7 @@ def test_top_1_defaults_to_a_router_that_learns():
     weights = route(
         torch.randn(5, 8),
         torch.randn(4, 8),
-        MoEConfig(hidden_size=8, expert_size=1, num_experts=4, top_k=1),
+        MoEConfig(hidden_size=8, expert_size=1, num_experts=4, top_k=1, router_order="topk-softmax"),
         noisy=False,
     ).weights_TK
     assert torch.equal(weights, torch.ones(5, 1))

@@ -83,7 +83,7 @@ class MoEConfig:
 
     router_order: RouterOrder | None = None
     """Softmax before the choice, over all experts, or after it, over the chosen; None takes `topk-softmax` where
-    tokens choose by softmax. Sigmoid scores have no order."""
+    tokens choose several by softmax, else `softmax-topk`. Sigmoid scores have no order."""
 
     renormalize: bool = False
     """Whether a token's combine weights are divided by their sum over the experts that it kept."""
@@ -178,7 +178,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         if self.router_order is None and self.score == "softmax":
-            order: RouterOrder = "softmax-topk" if self.choice == "expert" else "topk-softmax"
+            # After the choice of one expert a softmax is 1, and the router would learn nothing.
+            before = self.choice == "expert" or self.top_k == 1
+            order: RouterOrder = "softmax-topk" if before else "topk-softmax"
             object.__setattr__(self, "router_order", order)
         for problem in self._problems():
             raise UsageError(problem)

@@ -99,22 +99,31 @@ class RoutingTally:
         `load` has a list for each of `moe_layers`: the share of the assignments that each expert received.
         `load_imbalance` is that of the worst layer: the load of its busiest expert over the mean load. `dead_experts`
         counts those of all layers that no token chose, `dropped_share` the assignments that found no room, over all;
-        `router_norm` is the mean norm of the routers' rows.
+        `router_norm` is the mean norm of the routers' rows. `layers` has a list of each of these, a number a layer.
         """
         if not self.layers:
             return {}
-        balance, z, entropy = torch.stack(list(self.losses.values())).mean(dim=0).tolist()
-        counts = {number: counts.double().cpu() for number, counts in self.counts.items()}
+        losses = torch.stack(list(self.losses.values())).t()
+        balance, z, entropy = losses.mean(dim=1).tolist()
+        counts = [counts.double().cpu() for counts in self.counts.values()]
+        layers = {
+            "router_entropy": losses[2].tolist(),
+            "load_imbalance": [float(c.max() / c.mean()) for c in counts],
+            "dead_experts": [int((c == 0).sum()) for c in counts],
+            "dropped_share": [int(d) / float(c.sum()) for d, c in zip(self.dropped.values(), counts, strict=True)],
+            "router_norm": [float(layer.router.norms().mean()) for layer in self.layers.values()],
+        }
         return {
             "balance_loss": balance,
             "z_loss": z,
             "router_entropy": entropy,
-            "load_imbalance": max(float(c.max() / c.mean()) for c in counts.values()),
-            "dead_experts": sum(int((c == 0).sum()) for c in counts.values()),
-            "dropped_share": sum(map(int, self.dropped.values())) / sum(float(c.sum()) for c in counts.values()),
-            "router_norm": sum(float(layer.router.norms().mean()) for layer in self.layers.values()) / len(counts),
-            "moe_layers": list(counts),
-            "load": [[round(share, 6) for share in (c / c.sum()).tolist()] for c in counts.values()],
+            "load_imbalance": max(layers["load_imbalance"]),
+            "dead_experts": sum(layers["dead_experts"]),
+            "dropped_share": sum(layers["dropped_share"]) / len(counts),
+            "router_norm": sum(layers["router_norm"]) / len(counts),
+            "layers": layers,
+            "moe_layers": list(self.counts),
+            "load": [[round(share, 6) for share in (c / c.sum()).tolist()] for c in counts],
         }
 
 
