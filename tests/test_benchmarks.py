@@ -175,16 +175,16 @@ def test_dispatch_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
 
 def renewed(page: str) -> str:
-    """README with the table of the results file."""
+    """README with the table of the results file, and with none where there is no such file."""
     before, _, rest = page.partition(START)
-    return (
-        before
-        + START
-        + readme_table(json.loads(RESULT.read_text(encoding="utf-8")))
-        + "\n"
-        + END
-        + rest.partition(END)[2]
-    )
+    shown = ""
+    if RESULT.exists():
+        content = json.loads(RESULT.read_text(encoding="utf-8"))
+        link = RESULT.with_suffix(".md").relative_to(ROOT)
+        shown = (
+            f"{readme_table(content)}\n\nMeasured on {content['date']}; all rows, with memory: [{link.name}]({link}).\n"
+        )
+    return before + START + shown + END + rest.partition(END)[2]
 
 
 def test_readme_and_the_table_show_the_results() -> None:
