@@ -144,13 +144,13 @@ def switch(layer: MoELayer, capacity: int, jitter: float = 0.0) -> nn.Module:
     return with_values(SwitchTransformersSparseMLP(config), values)
 
 
-SWITCH = {"top_k": 1, "gated": False, "activation": "relu", "min_capacity": 1}
+SWITCH = {"top_k": 1, "gated": False, "activation": "relu"}
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.5, 1.0])
 def test_switch_fills_an_expert_in_the_order_of_the_tokens(factor):
     # Their capacity counts for each sequence by itself: compared on one. Their drops, too, are left at 0.
-    layer = ours(**SWITCH, eval_capacity_factor=factor)
+    layer = ours(**SWITCH, eval_capacity_factor=factor, min_capacity=1)
     theirs = switch(layer, capacity=math.ceil(T * factor / E))
     x = tokens(rows=1)
     torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-6)
@@ -159,7 +159,7 @@ def test_switch_fills_an_expert_in_the_order_of_the_tokens(factor):
 
 def test_padding_takes_places_in_switch_and_not_in_ours():
     # transformers reads `router_ignore_padding_tokens` and does nothing with it.
-    layer = ours(**SWITCH, eval_capacity_factor=0.5)
+    layer = ours(**SWITCH, eval_capacity_factor=0.5, min_capacity=1)
     real = tokens(rows=1)
     x = torch.cat([tokens(rows=1, seed=3), real], dim=1)
     alone, theirs = layer(real), switch(layer, capacity=2)
