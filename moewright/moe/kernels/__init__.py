@@ -46,7 +46,11 @@ def kernel_named(name: str) -> Kernel:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def default_kernel(device: torch.device) -> str:
-    """The kernel that `auto` stands for on a device: the fastest one there, by `benchmarks/moe_layer.py`."""
+    """The kernel that `auto` stands for on a device.
+
+    On a CPU the fastest of `benchmarks/moe_layer.py`, if it can be compiled; elsewhere torch's grouped product, since
+    the others have not been measured there.
+    """
     if device.type == "cpu":
         return "grouped" if _native_problem() else "native"
     return "grouped"
