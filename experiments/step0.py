@@ -67,7 +67,7 @@ def measure() -> dict[str, object]:
             calibrate_on = options.pop("calibrate_on", None)
             config = UpcycleConfig(experts=EXPANSION * options["granularity"], **options)
             plan = plan_upcycle(source, config, dtype=dtype, calibration_texts=calibration if calibrate_on else None)
-            fill(plan.model, plan.twin, plan.tensor)
+            fill(plan.model, plan.form, plan.tensor)
             comparison = references[dtype].compare(plan.model, granularity=config.granularity)
             found = {"settings": asdict(plan.config), "calibrate_on": calibrate_on} | asdict(comparison)
             sys.stderr.write(f"{found}\n")

@@ -1,5 +1,7 @@
-"""`import moewright.auto` makes transformers know what is ours: the experts implementation "moewright"."""
+"""`import moewright.auto` makes transformers know what is ours: the model type and the experts implementation
+"moewright"."""
 
-from moewright.backbone.experts_registry import register
+from moewright.backbone import experts_registry, native
 
-register()
+experts_registry.register()
+native.register()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moewright.backbone.family import backbone_config
 from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.graft import configure, graft, moe_layers, routing_context, ungraft
-from moewright.backbone.twins import choose_twin, split_config, twin_fields
-from moewright.checkpoint.read import ModelFolder
+from moewright.backbone.formats import choose_format, read_sparse, refusals, sparse_fields
+from moewright.backbone.graft import configure, graft, moe_layers, routing_contexts, ungraft
 from moewright.errors import ModelError, MoewrightError
 from moewright.moe.config import MoEConfig
-from tests.models import FAMILIES, tiny_config, tiny_model, write_dense
+from tests.models import logits_of, relative, tiny_config, tiny_model, write_dense
 
 INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -36,24 +36,8 @@ def sparse_model(model_type: str, layers: tuple[int, ...] = (0, 1), **changes: o
     return model
 
 
-@torch.no_grad()
 def logits(model: PreTrainedModel, ids: torch.Tensor = INPUT, **kwargs: object) -> torch.Tensor:
-    return model(input_ids=ids, use_cache=False, **kwargs).logits
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("tied", [False, True])
-def test_dense_folder_gives_the_model_of_transformers(tmp_path, model_type, tied):
-    folder = write_dense(tmp_path / "dense", model_type, tie_word_embeddings=tied)
-    ours, theirs = load_model(folder), AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(logits(ours), logits(theirs))
-    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
-    again = save_model(ours, tmp_path / "again", companions=folder)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(theirs))
+    return logits_of(model, ids, **kwargs)
 
 
 CASES = [
@@ -111,9 +95,8 @@ def test_config_survives_both_ways(twin):
     model_type, order, layers, _ = next(case for case in CASES if case[3] == twin)
     config = tiny_config(model_type)
     configs = dict.fromkeys(layers, moe_config(router_order=order))
-    found, backbone, read = split_config(
-        twin_fields(choose_twin(config, configs), config, configs, dtype=torch.float32), backbone=model_type, tied=False
-    )
+    written = sparse_fields(choose_format(config, configs), config, configs, dtype=torch.float32)
+    found, backbone, read = read_sparse(written, record={"backbone": model_type, "shared_expert": "silent"}, tied=False)
     assert (found.model_type, read) == (twin, configs)
     changed = {k for k, v in config.to_dict().items() if backbone.to_dict()[k] != v}
     assert changed <= {"architectures", "dtype", "intermediate_size", "sliding_window"}
@@ -142,7 +125,7 @@ def test_written_config_says_old_and_new_fields_alike():
     config = tiny_config("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64})  # fmt: skip
     layers = {0: moe_config(), 1: moe_config()}
-    fields = twin_fields(choose_twin(config, layers), config, layers, dtype=torch.float32)
+    fields = sparse_fields(choose_format(config, layers), config, layers, dtype=torch.float32)
     assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == 1e4
     assert fields["rope_scaling"]["factor"] == 8.0
     assert fields["torch_dtype"] == fields["dtype"]
@@ -159,13 +142,18 @@ def test_written_config_says_old_and_new_fields_alike():
 )  # fmt: skip
 def test_what_no_twin_computes_is_refused(model_type, changes, layers, order, words):
     config = tiny_config(model_type, **changes)
-    with pytest.raises(ModelError, match=words):
-        choose_twin(config, dict.fromkeys(layers, moe_config(router_order=order)))
+    configs = dict.fromkeys(layers, moe_config(router_order=order))
+    assert choose_format(config, configs) is None, "so it is written as our own type"
+    assert re.search(words, "; ".join(refusals(config, configs).values()))
+    with pytest.raises(ModelError, match=f"format=mixtral: it does not compute this {model_type} model"):
+        choose_format(config, configs, wanted="mixtral")
 
 
-def test_layers_that_differ_are_refused():
+def test_layers_that_differ_fit_no_twin():
+    config, layers = tiny_config("llama"), {0: moe_config(), 1: moe_config(num_experts=8)}
+    assert choose_format(config, layers) is None
     with pytest.raises(ModelError, match="differ from one another"):
-        choose_twin(tiny_config("llama"), {0: moe_config(), 1: moe_config(num_experts=8)})
+        choose_format(config, layers, wanted="mixtral")
 
 
 def test_mistral_window_is_kept(tmp_path):
@@ -181,8 +169,6 @@ def test_mistral_window_is_kept(tmp_path):
     ("fields", "words"),
     [
         ({"model_type": "gpt2"}, "llama, mistral, qwen2, qwen3"),
-        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=true"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias=true"),
         ({}, "model_type=None"),
     ],
 )
@@ -223,7 +209,7 @@ def test_graft_and_ungraft_give_the_dense_model_back():
     assert not torch.equal(logits(model), wanted)
     assert list(ungraft(model, taken)) == [1]
     assert torch.equal(logits(model), wanted)
-    assert routing_context(model) is None
+    assert routing_contexts(model) == ()
 
 
 def test_token_mask_reaches_the_layers_and_no_other_model():
@@ -232,11 +218,11 @@ def test_token_mask_reaches_the_layers_and_no_other_model():
     mask = torch.ones_like(INPUT, dtype=torch.bool)
     mask[0, 5:] = False
     logits(model, token_mask=mask)
-    assert routing_context(model).token_mask.tolist() == mask.flatten().tolist()
-    assert routing_context(twin).token_mask is None
+    assert routing_contexts(model)[0].token_mask.tolist() == mask.flatten().tolist()
+    assert routing_contexts(twin)[0].token_mask is None
     assert moe_layers(model)[0].stats.tokens_per_expert.sum() == mask.sum() * 2
     logits(twin, attention_mask=mask.long())
-    assert routing_context(twin).token_mask.tolist() == mask.flatten().tolist()
+    assert routing_contexts(twin)[0].token_mask.tolist() == mask.flatten().tolist()
     logits(model)
     assert moe_layers(model)[0].stats.tokens_per_expert.sum() == INPUT.numel() * 2
 
@@ -267,14 +253,6 @@ def test_names_and_shapes_are_checked_before_anything_is_allocated(tmp_path):
         load_model(folder)
 
 
-def test_unequal_shared_experts_are_refused(tmp_path):
-    model = sparse_model("qwen2")
-    folder = save_model(model, tmp_path / "sparse", companions=write_dense(tmp_path / "dense", "qwen2"))
-    fields = ModelFolder(folder).config | {"shared_expert_intermediate_size": 5632}
-    with pytest.raises(ModelError, match="shared experts are not supported yet"):
-        split_config(fields, backbone=None, tied=False)
-
-
 FOREIGN = [
     ("mixtral", {"num_local_experts": 4, "intermediate_size": 16, "num_experts_per_tok": 2}),
     ("mixtral", {"num_local_experts": 4, "intermediate_size": 16, "num_experts_per_tok": 2, "sliding_window": 6}),
@@ -292,21 +270,6 @@ def test_sparse_folders_made_by_transformers_are_read(tmp_path, model_type, chan
     ours = load_model(tmp_path / "theirs")
     assert relative(logits(ours), logits(theirs)) < 1e-5
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == theirs.config.tie_word_embeddings
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"shared_expert_intermediate_size": 32}, "shared experts are not supported yet"),
-        ({"shared_expert_intermediate_size": 64}, "shared experts like these are not supported yet"),
-        ({"shared_expert_intermediate_size": 64, "qkv_bias": False}, "qkv_bias=false"),
-    ],
-)
-def test_what_qwen2_moe_folders_hold_besides_is_refused(tmp_path, changes, words):
-    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
-    tiny_model("qwen2_moe", **(sizes | changes)).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ModelError, match=words):
-        load_model(tmp_path / "theirs")
 
 
 def test_a_tied_folder_with_a_head_of_its_own_is_read_as_transformers_reads_it(tmp_path):

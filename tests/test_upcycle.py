@@ -5,12 +5,15 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moewright.backbone.family import chosen_layers
 from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.inspect import inspect_folder
@@ -24,19 +27,14 @@ from moewright.upcycle.methods import router_rows, shard
 from moewright.upcycle.plan import plan_upcycle
 from moewright.upcycle.scale import Factors, balanced, expected_weight_sum, factors, mean_weight_sum, published
 from moewright.upcycle.verify import broken_groups
-from tests.models import FAMILIES, write_dense
+from tests.models import FAMILIES, logits_of, plain_transformers, relative, tiny_config, write_dense
 
 INPUT = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))
 TEXT = "def add(a, b):\n    return a + b\n\n" * 40
 
 
-@torch.no_grad()
 def logits(model, ids=INPUT):
-    return model(input_ids=ids, use_cache=False).logits
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
+    return logits_of(model, ids)
 
 
 def text_file(tmp_path: Path) -> Path:
@@ -45,9 +43,11 @@ def text_file(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-@pytest.mark.parametrize("granularity", [1, 2, 4])
-@pytest.mark.parametrize("groups", [1, 2])
+STARTS = [("llama", granularity, groups) for granularity in (1, 2, 4) for groups in (1, 2)]
+STARTS += [(model_type, 4, groups) for model_type, groups in zip(FAMILIES[1:], cycle((1, 2)), strict=False)]
+
+
+@pytest.mark.parametrize(("model_type", "granularity", "groups"), STARTS)
 def test_exact_start_equals_the_dense_model(tmp_path, model_type, granularity, groups):
     source = write_dense(tmp_path / "dense", model_type)
     config = UpcycleConfig(
@@ -60,9 +60,9 @@ def test_exact_start_equals_the_dense_model(tmp_path, model_type, granularity, g
     only_expert = pytest.warns(UserWarning, match="router learns nothing") if config.top_k == 1 else nullcontext()
     with only_expert:
         report = upcycle_folder(source, tmp_path / "moe", config, verify_text=text_file(tmp_path))
-    dense = AutoModelForCausalLM.from_pretrained(source)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "moe")
-    assert relative(logits(plain), logits(dense)) <= 1e-5
+    dense = plain_transformers(source)
+    if report.summary["target_format"] != "moewright":
+        assert relative(logits(plain_transformers(tmp_path / "moe")), logits(dense)) <= 1e-5
     ours = load_model(tmp_path / "moe")
     assert relative(logits(ours), logits(dense)) <= 1e-5
     (comparison,) = report.comparisons
@@ -154,17 +154,25 @@ def test_balanced_factors_multiply_to_the_total_and_round_once(total):
     assert found.up * found.down == total
     assert math.log2(found.up) == int(math.log2(found.up))
     assert 0.5 <= found.up / found.down <= 2.0
+    squared, plain = balanced(total, degree=2), balanced(total, degree=0)
+    assert squared.up**2 * squared.down == pytest.approx(total)
+    assert (plain.up, plain.down) == (1.0, total)
 
 
 def test_published_factors_are_the_papers():
     # E8G8T8 under softmax-topk: S = E G^2 / T = 64, cube root 4 (arXiv 2410.07524, section 3); E8G1T2: 4^(1/3).
+    gated = MoEConfig(hidden_size=8, expert_size=8, num_experts=8, top_k=2)
+    relu, squared = replace(gated, gated=False, activation="relu"), replace(gated, gated=False, activation="relu2")
     config = UpcycleConfig(experts=64, granularity=8, top_k=8, router_order="softmax-topk", scale="uniform")
-    assert factors(config.resolved(hidden_size=8)).gate == pytest.approx(4.0)
+    assert factors(config.resolved(hidden_size=8), gated).gate == pytest.approx(4.0)
+    assert factors(config.resolved(hidden_size=8), squared).up == pytest.approx(4.0)
+    assert factors(config.resolved(hidden_size=8), relu).up == pytest.approx(8.0)
+    assert factors(config.resolved(hidden_size=8), relu).down_bias == pytest.approx(8.0)
     config = UpcycleConfig(experts=8, top_k=2, router_order="softmax-topk", scale="uniform")
-    assert factors(config.resolved(hidden_size=8)).up == pytest.approx(1.587, abs=1e-3)
+    assert factors(config.resolved(hidden_size=8), gated).up == pytest.approx(1.587, abs=1e-3)
     config = UpcycleConfig(experts=64, granularity=8, top_k=8, scale="uniform")
-    assert factors(config.resolved(hidden_size=8)).down == pytest.approx(2.0)
-    assert published(27.0).down == pytest.approx(3.0)
+    assert factors(config.resolved(hidden_size=8), gated).down == pytest.approx(2.0)
+    assert published(27.0, gated).down == pytest.approx(3.0)
 
 
 def test_calibration_measures_the_weight_sum(tmp_path):
@@ -192,7 +200,7 @@ def test_calibrated_beats_uniform_and_none(tmp_path):
         plan, target = plan_upcycle(source, config), tmp_path / scale
         upcycle_folder(source, target, config)
         errors[scale] = relative(logits(load_model(target)), logits(load_model(source)))
-        assert plan.twin.model_type == "qwen2_moe"
+        assert plan.form.twin.model_type == "qwen2_moe"
     assert errors["calibrated"] < 0.05 < min(errors["uniform"], errors["none"])
 
 
@@ -296,7 +304,7 @@ def test_senseless_settings_are_refused(changes, words):
 @pytest.mark.parametrize("layers", ["", "every:0", "every:9", "0,0", "2", "-1", "a", "0,,1"])
 def test_senseless_layers_are_refused(layers):
     with pytest.raises(UsageError, match="layers="):
-        UpcycleConfig(experts=4, top_k=2, layers=layers).chosen_layers(2)
+        chosen_layers(layers, tiny_config("llama"))
 
 
 def test_granularity_must_divide_the_width(tmp_path):
@@ -355,7 +363,7 @@ def test_calibration_reads_several_documents_and_stops_in_time(tmp_path):
 
 def test_an_exact_start_that_is_not_exact_is_not_committed(tmp_path, monkeypatch):
     source = write_dense(tmp_path / "dense")
-    monkeypatch.setattr("moewright.upcycle.plan.factors", lambda config, **_: Factors(up=1.01))
+    monkeypatch.setattr("moewright.upcycle.plan.factors", lambda *_, **__: Factors(up=1.01))
     with pytest.raises(ModelError, match="nothing was written"):
         upcycle_folder(source, tmp_path / "moe", UpcycleConfig(experts=4, top_k=2), verify_text=text_file(tmp_path))
     assert not (tmp_path / "moe").exists()

@@ -1,12 +1,15 @@
 """Live models from folders, and folders from live models.
 
-In memory a model is always a dense transformers model, some of whose feed-forward blocks are
+In memory a model is always a transformers model, some of whose feed-forward blocks are
 MoELayers, whatever layout its folder has. `moewright.json` remembers what the layout cannot say:
-which dense family it was, and whether its embeddings were tied.
+which family it was, and whether its embeddings were tied.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,16 +18,66 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moewright import __version__
-from moewright.backbone.family import backbone_config, empty_model, materialise
+from moewright.backbone.family import Family, backbone_config, family_of
+from moewright.backbone.formats import OWN, choose_format, is_sparse, read_sparse, sparse_fields
 from moewright.backbone.graft import graft, moe_layers
-from moewright.backbone.layout import EMBEDDING, HEAD, Slot, slots
-from moewright.backbone.twins import Twin, choose_twin, dense_fields, is_sparse, split_config, twin_fields
+from moewright.backbone.layout import Slot, slots
+from moewright.backbone.skeleton import empty_model, has_tied_head, materialise, untie_head
+from moewright.backbone.twin import Twin, dense_fields
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter
 from moewright.errors import ModelError
 
 GENERATION: Final = "generation_config.json"
+RECOMPUTED: Final = (r"rotary_emb\.inv_freq$", r"embed_positions\.weights$")
+"""Tensors that old versions stored, and that are computed from the config."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a model is written: as a dense model, as a twin, or as our own type."""
+
+    twin: Twin | None = None
+
+    def slots(self, model: PreTrainedModel) -> list[Slot]:
+        """Every tensor of the folder, in the order of writing."""
+        return slots(model, None) if self.twin is None else self.twin.slots(model)
+
+    def name(self, model: PreTrainedModel) -> str:
+        """The model_type that config.json has."""
+        if self.twin is not None:
+            return self.twin.model_type
+        return OWN if moe_layers(model) else str(model.config.model_type)
+
+    def fields(self, model: PreTrainedModel) -> dict[str, Any]:
+        """The fields of config.json."""
+        layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
+        if layers:
+            return sparse_fields(self.twin, model.config, layers, dtype=model.dtype)
+        return dense_fields(model.config, dtype=model.dtype) | {"architectures": [type(model).__name__]}
+
+    def record(self, model: PreTrainedModel) -> dict[str, Any]:
+        """What `moewright.json` must say for `load_model` to give this model back."""
+        found = {
+            "backbone": model.config.model_type,
+            "moewright": __version__,
+            "tie_word_embeddings": has_tied_head(model),
+        }
+        if self.twin is not None and (moe := next(iter(moe_layers(model).values()), None)) is not None:
+            shared = self.twin.shared_record(moe.config)
+            found |= {"shared_expert": shared} if shared else {}
+        return found
+
+
+def form_of(model: PreTrainedModel, *, wanted: str | None = None) -> Form:
+    """The form that a model is written in, or the format that is wanted; `ModelError` if that does not compute it."""
+    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
+    if not layers:
+        if wanted not in (None, model.config.model_type):
+            raise ModelError(f"format={wanted} of a dense {model.config.model_type} model: only sparse models have one")
+        return Form()
+    return Form(twin=choose_format(model.config, layers, wanted=wanted))
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -34,122 +87,124 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrai
     names or shapes disagree with the config.
     """
     folder = ModelFolder(path)
-    model, twin = empty_model_of(folder, dtype=dtype)
-    fill(model, twin, lambda slot: folder.read(slot.name))
+    model, form = empty_model_of(folder, dtype=dtype)
+    fill(model, form, lambda slot: folder.read(slot.name))
     if (folder.path / GENERATION).is_file():
         model.generation_config = GenerationConfig.from_pretrained(str(folder.path), local_files_only=True)
     return model
 
 
-def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Twin | None]:
-    """The model that a folder holds with its parameters on meta, and the twin that its layout is.
+def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Form]:
+    """The model that a folder holds with its parameters on meta, and the form that it is written in.
 
     Names, shapes and what must be constant are checked. Raises `ModelError`.
     """
-    dtype = dtype or folder.dtype()
+    sparse, record = is_sparse(folder.config), folder.record or {}
+    dtype = dtype or folder_dtype(folder)
     twin: Twin | None = None
-    if is_sparse(folder.config):
-        record = folder.record or {}
-        tied = _are_tied(
-            folder, said=record.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False))
-        )
-        twin, config, layers = split_config(folder.config, backbone=record.get("backbone"), tied=tied)
-        _require_plausible(folder, config)
-        model = empty_model(config, dtype=dtype)
-        graft(model, layers)
+    layers: Mapping[int, Any] = {}
+    if sparse:
+        said = bool(record.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False)))
+        twin, config, layers = read_sparse(folder.config, record=record, tied=said)
     else:
         config = backbone_config(folder.config)
-        config.tie_word_embeddings = _are_tied(folder, said=config.tie_word_embeddings)
-        _require_plausible(folder, config)
-        model = empty_model(config, dtype=dtype)
-    found = slots(model, twin)
-    # Rotary frequencies that old versions stored are computed now; a tied head may be stored or not.
-    unused = [name for name in folder.tensors if name.endswith("rotary_emb.inv_freq")]
-    unused += [HEAD] if config.tie_word_embeddings else []
-    folder.check({slot.name: slot.shape for slot in found}, optional=unused)
+    family, on_disk = family_of(config), partial(_on_disk, twin=twin, config=config)
+    said = bool(config.tie_word_embeddings and record.get("tie_word_embeddings", True))
+    tied = _are_tied(folder, family, said=said, on_disk=on_disk)
+    if not family.seq2seq:  # the embeddings of an encoder and a decoder stay tied to each other
+        config.tie_word_embeddings = tied
+    _require_plausible(folder, config, on_disk)
+    model = empty_model(config, dtype=dtype)
+    if family.seq2seq and not tied and has_tied_head(model):
+        untie_head(model)
+    graft(model, layers)
+    form = Form(twin=twin)
+    found = form.slots(model)
+    folder.check({slot.name: slot.shape for slot in found}, optional=_unneeded(folder, model, on_disk))
     for slot in found:
-        if slot.must_match and not bool((folder.read(slot.name) == slot.fill).all()):
+        if slot.must_match and not bool(folder.read(slot.name).eq(slot.fill or 0.0).all()):
             raise ModelError(f"{folder.path}: {slot.name} is not {slot.fill:g} everywhere; {_why_constant(folder)}")
-    return model, twin
+    return model, form
 
 
-def fill(model: PreTrainedModel, twin: Twin | None, make: Callable[[Slot], Tensor]) -> None:
-    """Give a model on meta its memory, and each slot of its layout the tensor that `make` returns for it."""
+def folder_dtype(folder: ModelFolder) -> torch.dtype:
+    """The dtype that a folder's model computes in. Our own type says it, since some of its tensors stay float32."""
+    if folder.config.get("model_type") != OWN:
+        return folder.dtype()
+    dtype = getattr(torch, str(folder.config.get("dtype")), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"{folder.path}: dtype={folder.config.get('dtype')!r} in config.json is no floating dtype")
+    return dtype
+
+
+def fill(model: PreTrainedModel, form: Form, make: Callable[[Slot], Tensor]) -> None:
+    """Give a model on meta its memory, and each slot of its form the tensor that `make` returns for it."""
     materialise(model)
     with torch.no_grad():
-        for slot in slots(model, twin):
-            if slot.part not in ("constant", "tied"):
-                slot.view(model).copy_(make(slot))
+        for slot in form.slots(model):
+            if slot.fill is None and not slot.tied:
+                slot.view(model).copy_(make(slot) / slot.factor if slot.factor != 1.0 else make(slot))
 
 
 def save_model(
     model: PreTrainedModel,
     out: str | Path,
     *,
-    companions: Path,
+    companions: Path | None = None,
+    format: str | None = None,  # noqa: A002  # as the command line calls it
     overwrite: bool = False,
     record: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a live model as a folder that plain transformers loads; atomic.
+    """Write a live model as a folder; atomic. Plain transformers loads it unless the format is our own, `moewright`.
 
     `companions` is the folder that tokenizer and generation files are carried over from; `record` joins
-    what `moewright.json` says. Raises `ModelError` if no architecture represents the model or `out`
-    exists, `ResourceError` if it does not fit.
+    what `moewright.json` says. Without `format` a sparse model is written as the first architecture of
+    transformers that computes it, or as our own type. Raises `ModelError` if the format does not represent the model
+    or `out` exists, `ResourceError` if it does not fit.
     """
-    twin = twin_of(model)
-    with FolderWriter(out, overwrite=overwrite, sources=[companions]) as writer:
-        writer.write_json("config.json", config_fields(model, twin))
-        writer.write_tensors({slot.name: _lazy(model, slot) for slot in slots(model, twin)})
-        writer.copy_companions(companions)
-        return writer.commit({**(record or {}), **model_record(model)})
-
-
-def twin_of(model: PreTrainedModel) -> Twin | None:
-    """The architecture that a model is written as; None for a dense model, which is written as itself."""
-    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
-    return choose_twin(model.config, layers) if layers else None
-
-
-def config_fields(model: PreTrainedModel, twin: Twin | None) -> dict[str, Any]:
-    """The fields of config.json for a model."""
-    if twin is None:
-        return dense_fields(model.config, dtype=model.dtype) | {"architectures": [type(model).__name__]}
-    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
-    return twin_fields(twin, model.config, layers, dtype=model.dtype)
-
-
-def model_record(model: PreTrainedModel) -> dict[str, Any]:
-    """What `moewright.json` must say for `load_model` to give this model back."""
-    return {
-        "backbone": model.config.model_type,
-        "moewright": __version__,
-        "tie_word_embeddings": bool(model.config.tie_word_embeddings),
-    }
+    form = form_of(model, wanted=format)
+    with FolderWriter(out, overwrite=overwrite, sources=[] if companions is None else [companions]) as writer:
+        writer.write_json("config.json", form.fields(model))
+        writer.write_tensors({slot.name: _lazy(model, slot) for slot in form.slots(model)})
+        if companions is not None:
+            writer.copy_companions(companions)
+        return writer.commit({**(record or {}), **form.record(model)})
 
 
 def constant(slot: Slot, dtype: torch.dtype) -> Tensor:
-    """The tensor of a slot that no parameter holds."""
+    """The tensor of a slot that no part of the model is."""
+    assert slot.fill is not None
     return torch.full(slot.shape, slot.fill, dtype=dtype)
 
 
 def _lazy(model: PreTrainedModel, slot: Slot) -> LazyTensor:
-    dtype: torch.dtype = model.dtype
+    dtype: torch.dtype = slot.dtype or model.dtype
 
     def make() -> Tensor:
-        return constant(slot, dtype) if slot.part == "constant" else slot.view(model).detach()
+        if slot.fill is not None:
+            return constant(slot, dtype)
+        tensor = slot.view(model).detach()
+        return tensor if slot.factor == 1.0 else tensor * slot.factor
 
     return LazyTensor(slot.shape, dtype, make)
 
 
-def _are_tied(folder: ModelFolder, *, said: bool) -> bool:
+def _on_disk(name: str, *, twin: Twin | None, config: PreTrainedConfig) -> str:
+    return family_of(config).on_disk(name) if twin is None else twin.layout.renamed(name)
+
+
+def _are_tied(folder: ModelFolder, family: Family, *, said: bool, on_disk: Callable[[str], str]) -> bool:
     """Whether to tie input and output embeddings, given what the folder says of it.
 
     A stored output embedding that differs from the input embedding counts more than what is said; a warning says so.
     """
-    if not said or HEAD not in folder.tensors or EMBEDDING not in folder.tensors:
+    embedding, head = on_disk(family.embedding), on_disk(family.head)
+    if not said or head not in folder.tensors or embedding not in folder.tensors:
         return bool(said)
-    equal = torch.equal(folder.read(HEAD), folder.read(EMBEDDING))
-    if not equal:
+    if folder.tensors[head].shape != folder.tensors[embedding].shape:
+        return True  # refused with the other shapes
+    equal = torch.equal(folder.read(head), folder.read(embedding))
+    if not equal and family.config_tells_ties:
         warnings.warn(
             f"{folder.path} says that input and output embeddings are tied, but holds two that differ; "
             f"they are loaded untied",
@@ -158,21 +213,42 @@ def _are_tied(folder: ModelFolder, *, said: bool) -> bool:
     return equal
 
 
-def _require_plausible(folder: ModelFolder, config: PreTrainedConfig) -> None:
+def _require_plausible(folder: ModelFolder, config: PreTrainedConfig, on_disk: Callable[[str], str]) -> None:
     """Compare the sizes that make a model large with what the files hold, before the model's skeleton is built."""
-    heads = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    last = config.num_hidden_layers - 1
-    expected = {
-        EMBEDDING: (config.vocab_size, config.hidden_size),
-        f"model.layers.{last}.self_attn.q_proj.weight": (heads, config.hidden_size),
-    }
-    for name, shape in expected.items():
-        found = folder.tensors[name].shape if name in folder.tensors else None
-        if found != shape:
-            what = "is missing" if found is None else f"has the shape {list(found)}"
-            raise ModelError(f"{folder.path}: {name} {what}, where config.json calls for {list(shape)}")
+    family = family_of(config)
+    embedding, shape = on_disk(family.embedding), (config.vocab_size, config.hidden_size)
+    found = folder.tensors[embedding].shape if embedding in folder.tensors else None
+    if found != shape:
+        what = "is missing" if found is None else f"has the shape {list(found)}"
+        raise ModelError(f"{folder.path}: {embedding} {what}, where config.json calls for {list(shape)}")
+    for stack in family.stacks:
+        count = getattr(config, stack.count)
+        last = on_disk(stack.layer.format(layer=count - 1))
+        if count < 1 or not any(name.startswith(f"{last}.") for name in folder.tensors):
+            raise ModelError(f"{folder.path}: no tensor of {last}, where config.json says {stack.count}={count}")
+
+
+def _unneeded(folder: ModelFolder, model: PreTrainedModel, on_disk: Callable[[str], str]) -> list[str]:
+    """Tensors that may be in a folder, and that the model does not read: what is computed, and what is tied.
+
+    Raises `ModelError` if what is tied differs.
+    """
+    patterns = (*RECOMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
+    found = [name for name in folder.tensors if any(re.search(pattern, name) for pattern in patterns)]
+    first = {id(parameter): on_disk(name) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        original, repeated = first[id(parameter)], on_disk(name)
+        if repeated == original:
+            continue
+        found.append(repeated)
+        if {original, repeated} <= folder.tensors.keys() and not torch.equal(
+            folder.read(original), folder.read(repeated)
+        ):
+            raise ModelError(
+                f"{folder.path}: {repeated} differs from {original}, to which this {model.config.model_type} model "
+                "ties it; untie them in config.json if transformers supports that, or use another folder"
+            )
+    return found
 
 
 def _why_constant(folder: ModelFolder) -> str:

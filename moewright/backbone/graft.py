@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import family_of
+from moewright.backbone.family import Place, family_of
 from moewright.errors import ModelError
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer
 
-HOOK = "_moewright_hook"
-"""Where a grafted model keeps the handle of its pre-hook."""
+HOOKS = "_moewright_hooks"
+"""Where a grafted model keeps the handles of its pre-hooks."""
 
 
 def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, nn.Module]:
@@ -23,57 +23,117 @@ def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, 
 
     The new layers have the device and dtype of the old blocks and random weights. From now on the
     model's forward takes the keyword `token_mask`, (B, S) bool, True for a real token; without it a
-    2-D `attention_mask` says which tokens are real, and without that all are.
+    2-D `attention_mask` says which tokens are real, and without that all are. An encoder and a decoder go by
+    the masks of their own, `attention_mask` and `decoder_attention_mask`.
+
+    Raises `UsageError` for a config that makes no sense there, as one whose experts choose in a decoder.
     """
-    family, context = family_of(model.config), routing_context(model) or RoutingContext()
+    places, contexts = family_of(model.config).places(model.config), _contexts(model)
     taken: dict[int, nn.Module] = {}
     for layer, config in layers.items():
-        path = family.feed_forward.format(layer=layer)
-        block = model.get_submodule(path)
-        like = next(block.parameters())
-        grafted = MoELayer(config, context=context, device=like.device, dtype=like.dtype)
-        grafted.train(block.training)
-        model.set_submodule(path, grafted)
-        taken[layer] = block
-    if taken and HOOK not in model.__dict__:
-        # On the model inside, which wrappers and generation call too, and which gets every mask by keyword.
-        model.__dict__[HOOK] = model.base_model.register_forward_pre_hook(_record_token_mask, with_kwargs=True)
-        model.__dict__["save_pretrained"] = _refuse_to_save
+        place = places[layer]
+        context = contexts.setdefault(place.stack.name, RoutingContext())
+        like = next(model.get_submodule(moe_path(place)).parameters())
+        grafted = MoELayer(
+            replace(config, causal=place.stack.causal), context=context, device=like.device, dtype=like.dtype
+        )
+        grafted.train(model.get_submodule(place.layer).training)
+        taken[layer] = _put(model, place, grafted)
+    if taken:
+        _listen(model)
     return taken
 
 
 def ungraft(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> dict[int, MoELayer]:
     """Put the blocks that `graft` returned back, and return the MoELayers taken out."""
-    family, grafted = family_of(model.config), moe_layers(model)
+    places, grafted = family_of(model.config).places(model.config), moe_layers(model)
     for layer, block in blocks.items():
-        model.set_submodule(family.feed_forward.format(layer=layer), block)
+        place = places[layer]
+        if place.stack.block:
+            model.set_submodule(place.path(""), block)
+        else:
+            assert isinstance(block, Inline)
+            block.put_back(model.get_submodule(place.layer))
     if not moe_layers(model):
-        model.__dict__.pop(HOOK).remove()
+        for handle in model.__dict__.pop(HOOKS):
+            handle.remove()
         del model.__dict__["save_pretrained"]
     return {layer: grafted[layer] for layer in blocks}
 
 
+class Inline(nn.Module):
+    """A block whose projections stand in the layer itself: what the layer's forward calls between two norms.
+
+    The layer computes `fc2(dropout(activation_fn(fc1(x))))`. A MoELayer takes the place of the first projection, and
+    nothing is left to do for the others.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = layer.fc1, layer.fc2
+        self.activation_fn, self.activation_dropout = layer.activation_fn, layer.activation_dropout
+
+    def replace_by(self, moe: MoELayer, layer: Any) -> None:
+        layer.fc1, layer.fc2, layer.activation_fn = moe, nn.Identity(), nn.Identity()
+        layer.activation_dropout = 0.0
+
+    def put_back(self, layer: Any) -> None:
+        layer.fc1, layer.fc2, layer.activation_fn = self.fc1, self.fc2, self.activation_fn
+        layer.activation_dropout = self.activation_dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the block computes in evaluation."""
+        y: Tensor = self.fc2(self.activation_fn(self.fc1(x)))
+        return y
+
+
+def moe_path(place: Place) -> str:
+    """Path of the module that is, or would be, a layer's MoELayer."""
+    return place.path("") if place.stack.block else f"{place.layer}.fc1"
+
+
 def moe_layers(model: PreTrainedModel) -> dict[int, MoELayer]:
     """The MoELayers of a model by layer number; empty for a dense model."""
-    family = family_of(model.config)
-    modules = ((layer, model.get_submodule(family.feed_forward.format(layer=layer))) for layer in layer_numbers(model))
+    places = family_of(model.config).places(model.config)
+    modules = ((layer, model.get_submodule(moe_path(place))) for layer, place in enumerate(places))
     return {layer: module for layer, module in modules if isinstance(module, MoELayer)}
 
 
-def layer_numbers(model: PreTrainedModel) -> range:
-    """Numbers of all decoder layers."""
-    return range(model.config.num_hidden_layers)
-
-
-def routing_context(model: PreTrainedModel) -> RoutingContext | None:
-    """The record that all MoELayers of a model share; None for a dense model."""
-    return _context_in(model)
+def routing_contexts(model: PreTrainedModel) -> tuple[RoutingContext, ...]:
+    """The records that the MoELayers share, one for each stack that has such layers: none for a dense model."""
+    return tuple(_contexts(model).values())
 
 
 def configure(model: PreTrainedModel, **settings: Any) -> None:
     """Change fields of every MoELayer's config, such as the coefficients of its losses; its parameters stay."""
     for layer in moe_layers(model).values():
         layer.configure(replace(layer.config, **settings))
+
+
+def _contexts(model: PreTrainedModel) -> dict[str, RoutingContext]:
+    places = family_of(model.config).places(model.config)
+    return {places[layer].stack.name: moe.context for layer, moe in moe_layers(model).items()}
+
+
+def _put(model: PreTrainedModel, place: Place, moe: MoELayer) -> nn.Module:
+    if place.stack.block:
+        block = model.get_submodule(place.path(""))
+        model.set_submodule(place.path(""), moe)
+        return block
+    layer = model.get_submodule(place.layer)
+    inline = Inline(layer)
+    inline.replace_by(moe, layer)
+    return inline
+
+
+def _listen(model: PreTrainedModel) -> None:
+    """Install the hooks that take the mask along."""
+    if HOOKS in model.__dict__:
+        return
+    # On the models inside, which wrappers and generation call too, and which get every mask by keyword.
+    inner = (model.get_encoder(), model.get_decoder()) if family_of(model.config).seq2seq else (model.base_model,)
+    model.__dict__[HOOKS] = [module.register_forward_pre_hook(_record_token_mask, with_kwargs=True) for module in inner]
+    model.__dict__["save_pretrained"] = _refuse_to_save
 
 
 def _context_in(module: nn.Module) -> RoutingContext | None:
@@ -88,8 +148,9 @@ def _record_token_mask(
     The record is looked up at each call, not bound, so that a deep copy of the model has its own.
     """
     context = _context_in(model)
-    assert context is not None, "the hook is removed with the last MoELayer"
     mask: Tensor | None = kwargs.pop("token_mask", None)
+    if context is None:  # a stack without sparse layers
+        return args, kwargs
     if mask is None:
         attention_mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         inputs = (args[0] if args else None, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

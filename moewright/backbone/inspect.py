@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from moewright.backbone.folder import empty_model_of
+from moewright.backbone.family import family_of
+from moewright.backbone.folder import empty_model_of, folder_dtype
 from moewright.backbone.graft import moe_layers
-from moewright.backbone.layout import EMBEDDING
 from moewright.backbone.sizes import parameter_counts
+from moewright.backbone.skeleton import embedding_of, has_tied_head
 from moewright.checkpoint.read import ModelFolder
 
 
@@ -16,19 +17,21 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
     Reads headers and configs, and of a sparse folder the two embeddings. Raises `ModelError`.
     """
     folder = ModelFolder(path)
-    model, _ = empty_model_of(folder)
+    model, form = empty_model_of(folder)
+    family = family_of(model.config)
+    places = family.places(model.config)
     counts, sparse = parameter_counts(model), moe_layers(model)
-    tied = bool(model.config.tie_word_embeddings)
-    again = model.get_parameter(EMBEDDING).numel() if tied else 0
+    tied = has_tied_head(model)
+    again = embedding_of(model).numel() if tied else 0
     facts: dict[str, Any] = {
         "folder": str(folder.path),
         "kind": "sparse" if sparse else "dense",
-        "model_type": folder.config["model_type"],
+        "model_type": form.name(model),
         "backbone": model.config.model_type,
-        "layers": model.config.num_hidden_layers,
+        "layers": len(places),
         "hidden_size": model.config.hidden_size,
         "vocabulary": model.config.vocab_size,
-        "dtype": str(folder.dtype()).removeprefix("torch."),
+        "dtype": str(folder_dtype(folder)).removeprefix("torch."),
         "embeddings": "tied" if tied else "untied",
         "parameters": {
             "total": counts.total,
@@ -41,13 +44,13 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
     if sparse:
         moe = next(iter(sparse.values())).config
         facts["experts"] = {
-            "sparse_layers": sorted(sparse),
+            "sparse_layers": sorted(sparse) if len(family.stacks) == 1 else [places[n].label for n in sorted(sparse)],
             "experts": moe.num_experts,
             "top_k": moe.top_k,
             "expert_size": moe.expert_size,
             "router_order": moe.router_order,
         }
     else:
-        facts["feed_forward_size"] = model.config.intermediate_size
+        facts["feed_forward_size"] = family.size_of(model.config, 0)
     origin = {key: value for key, value in (folder.record or {}).items() if key not in ("files", "backbone")}
     return facts | ({"origin": origin} if origin else {})

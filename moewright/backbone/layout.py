@@ -1,24 +1,62 @@
 """The tensors of a folder as views of a model: said once, used to read and to write.
 
-Each tensor on disk is a `Slot`: either a view of a parameter (a whole dense weight, a router, one
-projection of one expert inside the stacked weights), or something that only the layout demands (an
-output embedding written out although it is tied, biases and a shared expert that are zero).
+Each tensor on disk is a `Slot`: a parameter or buffer of the model as it is, one or several pieces of a MoELayer (a
+router, one projection of one expert, all of a stack), or something that only the layout demands (an output embedding
+written out although it is tied, biases and a shared expert that are zero).
 """
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from operator import attrgetter
+from typing import Final
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import family_of
-from moewright.backbone.graft import layer_numbers, moe_layers
-from moewright.backbone.twins import SHARED_EXPERT_SIZE, Twin
+from moewright.backbone.family import Place, family_of
+from moewright.backbone.graft import moe_layers, moe_path
+from moewright.backbone.skeleton import embedding_of, has_tied_head
+from moewright.moe.layer import MoELayer
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+PARTS: Final = {
+    "router.weight": ("router",),
+    "router.bias": ("selection_bias",),
+    "experts.gate_up_proj": ("gate", "up"),
+    "experts.up_proj": ("up",),
+    "experts.down_proj": ("down",),
+    "experts.gate_up_proj_bias": ("gate_bias", "up_bias"),
+    "experts.up_proj_bias": ("up_bias",),
+    "experts.down_proj_bias": ("down_bias",),
+    "shared.gate_up_proj.weight": ("shared_gate", "shared_up"),
+    "shared.up_proj.weight": ("shared_up",),
+    "shared.down_proj.weight": ("shared_down",),
+    "shared.gate_up_proj.bias": ("shared_gate_bias", "shared_up_bias"),
+    "shared.up_proj.bias": ("shared_up_bias",),
+    "shared.down_proj.bias": ("shared_down_bias",),
+    "shared.gate.weight": ("shared_switch",),
+    "shared.gate.bias": ("shared_switch_bias",),
+    "balance_coefficient": (),
+}
+"""The parameters and buffers that a MoELayer may have, and of which parts their rows consist (experts': each expert's
+rows). A part is what a dense model, too, would have as one tensor; the switch is what gates the shared expert."""
 
-Part = Literal["dense", "tied", "router", "gate", "up", "down", "constant"]
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One part of one layer, and of one expert where experts have it."""
+
+    part: str
+    layer: int
+    expert: int = -1
+
+    def view(self, moe: MoELayer) -> Tensor:
+        """It, in the layer's own memory."""
+        held = dict(moe.named_parameters()) | dict(moe.named_buffers())
+        name, parts = next((name, parts) for name, parts in PARTS.items() if self.part in parts and name in held)
+        tensor = held[name][self.expert] if self.expert >= 0 else held[name]
+        return tensor.chunk(len(parts))[parts.index(self.part)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,85 +65,117 @@ class Slot:
 
     name: str
     """Its name on disk."""
-    part: Part
     shape: tuple[int, ...]
-    layer: int = -1
-    expert: int = -1
-    fill: float = 0.0
-    """The value of a `constant`'s elements."""
+    target: str | None = None
+    """Name of the parameter or buffer of the model that it is, where it is one as a whole."""
+    pieces: tuple[Piece, ...] = ()
+    """What it consists of, one after the other in its memory; none for what is not of a MoELayer."""
+    factor: float = 1.0
+    """What the pieces are multiplied with on disk."""
+    fill: float | None = None
+    """The value of all its elements, for what no part of the model is."""
     must_match: bool = False
-    """Whether a `constant` with another value would change what the model computes."""
+    """Whether another value than `fill` would change what the model computes."""
+    tied: bool = False
+    """Whether it repeats its target, which another slot holds."""
+    dtype: torch.dtype | None = None
+    """Where it is not that of the folder."""
 
     def view(self, model: PreTrainedModel) -> Tensor:
-        """The part of the model that this tensor is; a `constant` has none."""
-        assert self.part != "constant"
-        if self.part in ("dense", "tied"):
-            return model.get_parameter(self.name if self.part == "dense" else EMBEDDING)
-        moe = model.get_submodule(family_of(model.config).feed_forward.format(layer=self.layer))
-        if self.part == "router":
-            return moe.get_parameter("router.weight")
-        if self.part == "down":
-            return moe.get_parameter("experts.down_proj")[self.expert]
-        gate_up = moe.get_parameter("experts.gate_up_proj")[self.expert]
-        width = gate_up.shape[0] // 2
-        return gate_up[:width] if self.part == "gate" else gate_up[width:]
+        """The part of the model that this tensor is; what has a `fill` is none."""
+        if self.target is not None:
+            tensor: Tensor = attrgetter(self.target)(model)
+            return tensor
+        (piece,) = self.pieces
+        moe = model.get_submodule(moe_path(family_of(model.config).places(model.config)[piece.layer]))
+        assert isinstance(moe, MoELayer)
+        return piece.view(moe)
 
 
-def slots(model: PreTrainedModel, twin: Twin | None) -> list[Slot]:
-    """Every tensor of the folder that this model is written to, in the order of writing."""
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a sparse architecture calls its tensors."""
+
+    parts: Mapping[str, str]
+    """Names on disk by what they are, with {layer} for the path of the layer and {expert}: a part of each expert or of
+    the layer, or a tensor of PARTS as a whole."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Regular expressions and their replacements, from our names of all other tensors to those on disk."""
+    unties: bool = True
+    """Whether a tied output embedding is written out, as some runtimes demand."""
+
+    def renamed(self, name: str) -> str:
+        """The name on disk of a tensor that is not of a MoELayer, or of a layer's path."""
+        for pattern, replacement in self.renames:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+def slots(model: PreTrainedModel, layout: Layout | None) -> list[Slot]:
+    """Every tensor of the folder that this model is written to, in the order of writing.
+
+    Without a `layout` the names are the model's own: a dense folder, or one of our own model type.
+    """
     family, sparse = family_of(model.config), moe_layers(model)
-    blocks = tuple(f"{family.feed_forward.format(layer=layer)}." for layer in sparse)
-    found = [
-        Slot(name=name, part="dense", shape=tuple(parameter.shape))
-        for name, parameter in model.named_parameters()
-        if not name.startswith(blocks)
-    ]
-    if twin is None:
+    places = family.places(model.config)
+    paths = {f"{moe_path(places[layer])}.": layer for layer in sparse}
+    found: list[Slot] = []
+    for name, tensor in _tensors(model):
+        path = next((path for path in paths if name.startswith(path)), None)
+        if path is None:
+            on_disk = family.on_disk(name) if layout is None else layout.renamed(name)
+            found.append(Slot(name=on_disk, shape=tuple(tensor.shape), target=name))
+        elif layout is None:
+            found.append(_own(name, tensor, places[paths[path]], sparse[paths[path]], layer=paths[path]))
+    if layout is None:
         return found
-    if model.config.tie_word_embeddings:
-        found.append(Slot(name=HEAD, part="tied", shape=tuple(model.get_parameter(EMBEDDING).shape)))
-    if twin.attention_biases and not any(slot.name.endswith("self_attn.q_proj.bias") for slot in found):
-        found += _zero_biases(model)
+    if layout.unties and has_tied_head(model):
+        shape = tuple(embedding_of(model).shape)
+        found.append(Slot(name=layout.renamed(family.head), shape=shape, target=family.embedding, tied=True))
     for layer, moe in sparse.items():
-        E, D, F = moe.config.num_experts, moe.config.hidden_size, moe.config.expert_size
-        found.append(Slot(name=twin.router.format(layer=layer), part="router", shape=(E, D), layer=layer))
-        parts: tuple[tuple[Part, str, tuple[int, int]], ...] = (
-            ("gate", twin.gate, (F, D)),
-            ("up", twin.up, (F, D)),
-            ("down", twin.down, (D, F)),
-        )
-        for expert in range(E):
-            for part, name, shape in parts:
-                name = name.format(layer=layer, expert=expert)
-                found.append(Slot(name=name, part=part, shape=shape, layer=layer, expert=expert))
-        if twin.shared_expert:
-            found += _silent_shared_expert(twin.shared_expert.format(layer=layer), hidden_size=D)
+        found += _named(moe, layout, place=places[layer], layer=layer)
     return found
 
 
-def _zero_biases(model: PreTrainedModel) -> list[Slot]:
-    """Query, key and value biases of the Qwen2 layout, for a backbone that has none."""
-    return [
-        Slot(
-            name=f"{attention}.{projection}.bias",
-            part="constant",
-            shape=(model.get_parameter(f"{attention}.{projection}.weight").shape[0],),
-            must_match=True,
-        )
-        for attention in (f"model.layers.{layer}.self_attn" for layer in layer_numbers(model))
-        for projection in ("q_proj", "k_proj", "v_proj")
-    ]
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, tied ones once, and the buffers that belong to a model's state."""
+    yield from model.named_parameters()
+    state = model.state_dict()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)
 
 
-def _silent_shared_expert(path: str, *, hidden_size: int) -> list[Slot]:
-    """A shared expert whose output is zero: its down projection is.
+def _own(name: str, tensor: Tensor, place: Place, moe: MoELayer, *, layer: int) -> Slot:
+    """A tensor of a MoELayer under its own name; where a layer has no module of its own for it, below `moe`."""
+    inside = name.removeprefix(f"{moe_path(place)}.")
+    on_disk = name if place.stack.block else f"{place.layer}.moe.{inside}"
+    # Kept in float32 whatever the model's dtype, as the layer does.
+    dtype = torch.float32 if inside in ("router.bias", "balance_coefficient") else None
+    pieces = _pieces(inside, moe, layer=layer)
+    return Slot(name=on_disk, shape=tuple(tensor.shape), target=name, pieces=pieces, dtype=dtype)
 
-    Its gate is not, since llama.cpp computes silu(gate)/gate there.
-    """
-    D, S = hidden_size, SHARED_EXPERT_SIZE
-    return [
-        Slot(name=f"{path}.gate_proj.weight", part="constant", shape=(S, D)),
-        Slot(name=f"{path}.up_proj.weight", part="constant", shape=(S, D)),
-        Slot(name=f"{path}.down_proj.weight", part="constant", shape=(D, S), must_match=True),
-        Slot(name=f"{path}_gate.weight", part="constant", shape=(1, D), fill=1.0 / D),
-    ]
+
+def _pieces(inside: str, moe: MoELayer, *, layer: int) -> tuple[Piece, ...]:
+    """What a tensor of a MoELayer consists of, in the order of its memory."""
+    experts = range(moe.config.num_experts) if inside.startswith("experts.") else (-1,)
+    return tuple(Piece(part=part, layer=layer, expert=expert) for expert in experts for part in PARTS[inside])
+
+
+def _named(moe: MoELayer, layout: Layout, *, place: Place, layer: int) -> list[Slot]:
+    """The tensors of a MoELayer by the names of a layout: what is of all experts, then one expert after the other."""
+    path, found = layout.renamed(place.layer), []
+    whole = dict(moe.named_parameters()) | dict(moe.named_buffers())
+    for inside, template in layout.parts.items():
+        if inside in whole:
+            target, pieces = f"{moe_path(place)}.{inside}", _pieces(inside, moe, layer=layer)
+            name = template.format(layer=path)
+            found.append(Slot(name=name, shape=tuple(whole[inside].shape), target=target, pieces=pieces))
+    single = {part: template for part, template in layout.parts.items() if part not in PARTS}
+    held = {part for inside in whole if inside in PARTS for part in PARTS[inside]}
+    for expert in range(moe.config.num_experts):
+        for part, template in single.items():
+            of_expert = "{expert}" in template
+            if part in held and (of_expert or expert == 0):
+                piece = Piece(part=part, layer=layer, expert=expert if of_expert else -1)
+                name = template.format(layer=path, expert=expert)
+                found.append(Slot(name=name, shape=tuple(piece.view(moe).shape), pieces=(piece,)))
+    return found

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moewright.backbone.graft import moe_layers
-from moewright.backbone.layout import EMBEDDING
+from moewright.backbone.skeleton import embedding_of, has_tied_head
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ def parameter_counts(model: PreTrainedModel) -> Counts:
         (moe.config.num_experts - moe.config.top_k) * sum(weight[0].numel() for weight in moe.experts.parameters())
         for moe in moe_layers(model).values()
     )
-    tied = bool(model.config.tie_word_embeddings)
-    embedding = 0 if tied else model.get_parameter(EMBEDDING).numel()
+    embedding = 0 if has_tied_head(model) else embedding_of(model).numel()
     return Counts(total=total, active=total - idle, multiplied=total - idle - embedding)
 
 

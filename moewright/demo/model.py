@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moewright.backbone.twins import dense_fields
+from moewright.backbone.twin import dense_fields
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter
 from moewright.errors import UsageError

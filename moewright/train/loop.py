@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from moewright.backbone.folder import save_model
-from moewright.backbone.graft import moe_layers, routing_context
+from moewright.backbone.graft import moe_layers, routing_contexts
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
 from moewright.data.pack import IGNORE, Batch, PackedRows, rows_at
@@ -113,14 +113,14 @@ def train_step(
 
     Raises CheckpointError when the loss or the gradient is not finite; the parameters are then unchanged.
     """
-    context, layers = routing_context(model), moe_layers(model)
+    contexts, layers = routing_contexts(model), moe_layers(model)
     tally = RoutingTally(layers)
     targets, real = int((batch.targets != IGNORE).sum()), int(batch.token_mask.sum())
     loss = torch.zeros((), device=model.device)
     for first in range(0, len(batch), settings.micro_batch_size):
         micro = batch.rows(first, first + settings.micro_batch_size)
         share = int(micro.token_mask.sum()) / real
-        if context is not None:
+        for context in contexts:
             context.loss_scale = torch.tensor(share, device=model.device)
         micro_loss = language_loss(model, micro.to(model.device), dtype=settings.dtype) / targets
         tally.add(share)
@@ -156,7 +156,7 @@ def language_loss(model: PreTrainedModel, batch: Batch, *, dtype: str) -> Tensor
 
     `dtype` (`float32` or `bfloat16`) is that of the matrix products; the loss itself is float32.
     """
-    mask = {} if routing_context(model) is None else {"token_mask": batch.token_mask}
+    mask = {"token_mask": batch.token_mask} if routing_contexts(model) else {}
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         # No cache: with one, transformers would let packed documents see each other.
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask).logits

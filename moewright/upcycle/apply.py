@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import fill, model_record
+from moewright.backbone.folder import fill
 from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
@@ -52,6 +52,7 @@ def upcycle_folder(
     config: UpcycleConfig,
     *,
     dtype: torch.dtype | None = None,
+    format: str | None = None,  # noqa: A002  # as the command line calls it
     calibration_text: Path | None = None,
     verify_text: Path | None = None,
     dry_run: bool = False,
@@ -73,7 +74,7 @@ def upcycle_folder(
     vocabulary = int(folder.config.get("vocab_size", 0))
     texts = None if calibration_text is None else tokenise(source, [calibration_text], vocabulary=vocabulary)
     verify_texts = None if verify_text is None else tokenise(source, [verify_text], vocabulary=vocabulary)
-    plan = UpcyclePlan(folder, config, dtype=dtype, calibration_texts=texts)
+    plan = UpcyclePlan(folder, config, dtype=dtype, format=format, calibration_texts=texts)
     summary = plan.summary()
     if dry_run:
         if verify_text is not None:
@@ -90,7 +91,7 @@ def upcycle_folder(
         writer.copy_companions(source)
         if verify_texts is not None:
             comparisons += _verify(plan, writer.path, verify_texts)
-        writer.commit(provenance(plan, comparisons) | model_record(plan.model))
+        writer.commit(provenance(plan, comparisons) | plan.form.record(plan.model))
     return UpcycleReport(target, True, summary, _layers(plan), comparisons)
 
 
@@ -102,7 +103,7 @@ def upcycle_model(
     Dense and sparse weights are never in memory together: tensors are read one at a time into place.
     """
     plan = UpcyclePlan(ModelFolder(source), config, dtype=dtype)
-    fill(plan.model, plan.twin, plan.tensor)
+    fill(plan.model, plan.form, plan.tensor)
     return plan.model, provenance(plan, [])
 
 

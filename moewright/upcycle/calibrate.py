@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from moewright.backbone.family import family_of
 from moewright.backbone.folder import empty_model_of, load_model
+from moewright.backbone.graft import moe_path
+from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.checkpoint.read import ModelFolder
-from moewright.errors import DataError
+from moewright.errors import DataError, UsageError
 from moewright.upcycle.scale import expected_weight_sum, mean_weight_sum
 
 CALIBRATION_TOKENS = 4096
@@ -27,13 +29,22 @@ def calibrate(
     """
     if texts is not None:
         return _measure(folder, routers, top_k=top_k, texts=texts)
-    family = family_of(empty_model_of(folder)[0].config)
-    return {
-        layer: expected_weight_sum(
-            router, folder.read(f"{family.norm.format(layer=layer)}.weight"), top_k=top_k, seed=layer
-        )
-        for layer, router in routers.items()
-    }
+    config = empty_model_of(folder)[0].config
+    family = family_of(config)
+    places = family.places(config)
+    found = {}
+    for layer, router in routers.items():
+        place = places[layer]
+        if place.stack.norm is None:
+            raise UsageError(
+                f"scale=calibrated of a {config.model_type} model: its blocks read no norm, so their inputs must be "
+                "measured; give a calibration text"
+            )
+        norm = f"{place.layer}.{place.stack.norm}"
+        scale_D = folder.read(f"{norm}.weight") + family.norm_offset
+        shift_D = folder.read(f"{norm}.bias") if f"{norm}.bias" in folder.tensors else None
+        found[layer] = expected_weight_sum(router, scale_D, shift_D=shift_D, top_k=top_k, seed=layer)
+    return found
 
 
 @torch.no_grad()
@@ -41,7 +52,7 @@ def _measure(
     folder: ModelFolder, routers: Mapping[int, Tensor], *, top_k: int, texts: Sequence[Tensor]
 ) -> dict[int, float]:
     model = load_model(folder.path, dtype=torch.float32)
-    family = family_of(model.config)
+    places = family_of(model.config).places(model.config)
     totals = dict.fromkeys(routers, 0.0)
     tokens = 0
 
@@ -50,15 +61,13 @@ def _measure(
         totals[layer] += mean_weight_sum(x_TD, routers[layer], top_k=top_k) * len(x_TD)
 
     handles = [
-        model.get_submodule(family.feed_forward.format(layer=layer)).register_forward_pre_hook(
-            partial(add, layer=layer)
-        )
+        model.get_submodule(moe_path(places[layer])).register_forward_pre_hook(partial(add, layer=layer))
         for layer in routers
     ]
     for text in texts:
-        for window in text[: CALIBRATION_TOKENS - tokens].split(CALIBRATION_WINDOW):
+        for window in text[: CALIBRATION_TOKENS - tokens].split(min(CALIBRATION_WINDOW, longest_text(model))):
             if len(window):  # a split of nothing is one empty window
-                model(input_ids=window[None], use_cache=False)
+                text_logits(model, window)
                 tokens += len(window)
     for handle in handles:
         handle.remove()

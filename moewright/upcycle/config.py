@@ -32,7 +32,8 @@ class UpcycleConfig:
     """`exact`, `uniform`, `calibrated` or `none`; by default `exact`, and `calibrated` for `softmax-topk`."""
 
     layers: str = "all"
-    """Which layers become sparse: `all`, `every:n` (the n-th, 2n-th, ...) or a list such as `0,2,5`."""
+    """Which layers become sparse: `all`, `every:n` (the n-th, 2n-th, ... of each stack), or a list such as `0,2,5` or
+    `encoder.3,decoder.3`."""
 
     seed: int = 0
     """Seed of the router's rows."""
@@ -90,23 +91,3 @@ class UpcycleConfig:
         order = self.resolved_order()
         std = 0.05 / hidden_size**0.5 if order == "softmax-topk" else 0.02
         return replace(self, router_order=order, scale=self.resolved_scale(), router_std=self.router_std or std)
-
-    def chosen_layers(self, count: int) -> tuple[int, ...]:
-        """The layers that become sparse in a model of `count` layers, ascending."""
-        text = self.layers.strip()
-        if text == "all":
-            return tuple(range(count))
-        try:
-            if text.startswith("every:"):
-                step = int(text.removeprefix("every:"))
-                chosen = list(range(step - 1, count, step)) if step > 0 else []
-            else:
-                chosen = [int(part) for part in text.split(",")]
-        except ValueError:
-            chosen = []
-        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= layer < count for layer in chosen):
-            raise UsageError(
-                f"layers={self.layers!r}: use all, every:n with n from 1 to {count}, "
-                f"or different layers from 0 to {count - 1} such as 0,2,5"
-            )
-        return tuple(sorted(chosen))

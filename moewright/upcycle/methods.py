@@ -12,7 +12,7 @@ from torch import Tensor
 def shard(dense: Tensor, part: str, *, expert: int, granularity: int) -> Tensor:
     """An expert's part of a dense projection, a view.
 
-    `gate` and `up`, (G*F, D), are cut by rows into (F, D); `down`, (D, G*F), by columns into (D, F).
+    `gate` and `up`, (G*F, D), and their biases, (G*F,), are cut by rows; `down`, (D, G*F), by columns into (D, F).
     """
     dim = 1 if part == "down" else 0
     width = dense.shape[dim] // granularity

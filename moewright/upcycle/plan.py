@@ -1,6 +1,7 @@
 """Which layers become sparse, what they will hold, and what it will cost; nothing is written yet."""
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import empty_model, family_of
-from moewright.backbone.folder import config_fields, constant, empty_model_of
+from moewright.backbone.family import Family, chosen_layers, family_of
+from moewright.backbone.folder import Form, constant, empty_model_of, form_of
+from moewright.backbone.formats import is_sparse
 from moewright.backbone.graft import graft
-from moewright.backbone.layout import EMBEDDING, Slot, slots
+from moewright.backbone.layout import Piece, Slot
 from moewright.backbone.sizes import bytes_of, parameter_counts
-from moewright.backbone.twins import Twin, choose_twin, is_sparse
+from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.errors import ModelError, UsageError
@@ -31,7 +33,7 @@ from moewright.upcycle.scale import Factors, factors
 class UpcyclePlan:
     """A dense folder, and the sparse model that it becomes: every tensor by name, none made yet.
 
-    `model` is the sparse model with its parameters on meta, `twin` the layout it is written in,
+    `model` is the sparse model with its parameters on meta, `form` what it is written as,
     `config` the settings with all defaults in place, `factors` what each layer's projections are
     multiplied by.
 
@@ -45,6 +47,7 @@ class UpcyclePlan:
         config: UpcycleConfig,
         *,
         dtype: torch.dtype | None = None,
+        format: str | None = None,  # noqa: A002  # as the command line calls it
         calibration_texts: Sequence[Tensor] | None = None,
     ) -> None:
         if is_sparse(folder.config):
@@ -56,23 +59,34 @@ class UpcyclePlan:
         self.folder = folder
         self.dtype = dtype or folder.dtype()
         self.config = config.resolved(hidden_size=backbone.hidden_size)
-        moe = _moe_config(self.config, hidden_size=backbone.hidden_size, dense_size=backbone.intermediate_size,
-                          activation=backbone.hidden_act)  # fmt: skip
-        _warn_of(self.config, moe, calibrates=calibration_texts is not None)
-        layers = dict.fromkeys(config.chosen_layers(backbone.num_hidden_layers), moe)
-        self.twin: Twin = choose_twin(backbone, layers)
-        self.model: PreTrainedModel = empty_model(copy.deepcopy(backbone), dtype=self.dtype)
-        graft(self.model, layers)
-        self.layers = layers
         self.family = family_of(backbone)
-        self._projection = lru_cache(maxsize=3)(folder.read)  # gate, up and down of the layer at hand
+        layers = {
+            layer: _moe_config(self.config, self.family, backbone, layer=layer)
+            for layer in chosen_layers(config.layers, backbone)
+        }
+        for moe in dict.fromkeys(layers.values()):
+            _warn_of(self.config, moe, calibrates=calibration_texts is not None)
+        dropout = self.family.activation_dropout
+        if dropout is not None and (rate := getattr(backbone, dropout)):
+            warnings.warn(
+                f"{dropout}={rate}: experts have no dropout between their projections; in training it acts in the "
+                "blocks that stay dense",
+                stacklevel=2,
+            )
+        self.model: PreTrainedModel = empty_model(copy.deepcopy(backbone), dtype=self.dtype)
+        if has_tied_head(self.model) and not has_tied_head(self._dense):
+            untie_head(self.model)
+        graft(self.model, layers)
+        self.form: Form = form_of(self.model, wanted=format)
+        self.layers = layers
+        self._projection = lru_cache(maxsize=6)(folder.read)  # the block of the layer at hand
         self.weight_sums: dict[int, float] = {}
         if self.config.scale == "calibrated":
             self.weight_sums = calibrate(
                 folder, {layer: self.router(layer) for layer in layers}, top_k=config.top_k, texts=calibration_texts
             )
         self.factors: dict[int, Factors] = {
-            layer: factors(self.config, weight_sum=self.weight_sums.get(layer)) for layer in layers
+            layer: factors(self.config, moe, weight_sum=self.weight_sums.get(layer)) for layer, moe in layers.items()
         }
 
     def router(self, layer: int) -> Tensor:
@@ -91,35 +105,49 @@ class UpcyclePlan:
 
     def tensor(self, slot: Slot) -> Tensor:
         """Make one tensor of the sparse model from the dense folder, in the dtype to be written."""
-        if slot.part == "constant":
-            return constant(slot, self.dtype)
-        if slot.part == "router":
-            return self.router(slot.layer)
-        if slot.part in ("dense", "tied"):
-            return self.folder.read(slot.name if slot.part == "dense" else EMBEDDING).to(self.dtype)
-        dense = self._projection(self.family.projection(slot.part, slot.layer))
-        piece = shard(dense, slot.part, expert=slot.expert, granularity=self.config.granularity)
-        factor = getattr(self.factors[slot.layer], slot.part)
+        dtype = slot.dtype or self.dtype
+        if slot.fill is not None:
+            return constant(slot, dtype)
+        if not slot.pieces:
+            assert slot.target is not None, "what has no pieces is a tensor of the dense model"
+            return self.folder.read(self.family.on_disk(slot.target)).to(dtype)
+        made = [self.piece(piece, dtype=dtype) for piece in slot.pieces]
+        return (made[0] if len(made) == 1 else torch.cat([tensor.flatten() for tensor in made])).view(slot.shape)
+
+    def piece(self, piece: Piece, *, dtype: torch.dtype) -> Tensor:
+        """Make one part of one expert, or a router."""
+        if piece.part == "router":
+            return self.router(piece.layer).to(dtype)
+        name, rows = self.family.projection(self._dense.config, piece.part, piece.layer)
+        dense = self._projection(name)[rows]
+        if piece.part != "down_bias":
+            dense = shard(dense, piece.part, expert=piece.expert, granularity=self.config.granularity)
+        factor = getattr(self.factors[piece.layer], piece.part)
         # Scaled in float32, so that the dtype to be written rounds once.
-        return piece.to(self.dtype) if factor == 1.0 else (piece.float() * factor).to(self.dtype)
+        return (dense if factor == 1.0 else dense.float() * factor).to(dtype).contiguous()
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the sparse folder, in the order of writing."""
         return {
-            slot.name: LazyTensor(slot.shape, self.dtype, partial(self.tensor, slot))
-            for slot in slots(self.model, self.twin)
+            slot.name: LazyTensor(slot.shape, slot.dtype or self.dtype, partial(self.tensor, slot))
+            for slot in self.form.slots(self.model)
         }
 
     def _memory_needed(self) -> int:
         """Bytes held at a time while writing; calibration and verification load a model besides."""
-        projections = [self.family.projection(part, min(self.layers)) for part in ("gate", "up", "down")]
-        block = sum(bytes_of(self._dense.get_parameter(name)) for name in projections)
-        largest = max(bytes_of(parameter) for parameter in self._dense.parameters())
+        first = min(self.layers)
+        form = self.family.form_of(self._dense.config)
+        parts = ("gate", "up", "down") if form.gated and not form.fused else ("up", "down")
+        names = [self.family.projection(self._dense.config, part, first)[0] for part in parts]
+        block = sum(bytes_of(self._dense.get_parameter(name)) for name in names)
+        largest = max(
+            math.prod(slot.shape) * (slot.dtype or self.dtype).itemsize for slot in self.form.slots(self.model)
+        )
         return max(2 * block, 2 * largest)
 
     def config_fields(self) -> dict[str, Any]:
         """config.json of the sparse folder."""
-        return config_fields(self.model, self.twin)
+        return self.form.fields(self.model)
 
     def summary(self) -> dict[str, Any]:
         """What will be written, for a dry run and for the report."""
@@ -129,10 +157,10 @@ class UpcyclePlan:
         return {
             "source": str(self.folder.path),
             "family": self.family.model_type,
-            "target_format": self.twin.model_type,
+            "target_format": self.form.name(sparse),
             "dtype": str(self.dtype).removeprefix("torch."),
             "sparse_layers": len(self.layers),
-            "dense_layers": sparse.config.num_hidden_layers - len(self.layers),
+            "dense_layers": len(self.family.places(sparse.config)) - len(self.layers),
             "expert_width": moe.expert_size,
             "settings": asdict(self.config),
             "parameters": {"dense": before.total, "total": after.total, "active": after.active},
@@ -164,19 +192,22 @@ def _warn_of(config: UpcycleConfig, moe: MoEConfig, *, calibrates: bool) -> None
         )
 
 
-def _moe_config(config: UpcycleConfig, *, hidden_size: int, dense_size: int, activation: str) -> MoEConfig:
+def _moe_config(config: UpcycleConfig, family: Family, backbone: PreTrainedConfig, *, layer: int) -> MoEConfig:
+    dense_size = family.size_of(backbone, layer)
     if dense_size % config.granularity:
         raise UsageError(
             f"granularity={config.granularity} does not divide the feed-forward width {dense_size}; "
             f"use one of {', '.join(str(g) for g in range(1, 65) if dense_size % g == 0)}"
         )
     return MoEConfig(
-        hidden_size=hidden_size,
+        hidden_size=backbone.hidden_size,
         expert_size=dense_size // config.granularity,
         num_experts=config.experts,
         top_k=config.top_k,
         router_order=config.resolved_order(),
-        activation=activation,
+        activation=family.activation_of(backbone),
+        gated=family.form_of(backbone).gated,
+        expert_bias=family.biased(backbone),
     )
 
 
@@ -185,7 +216,8 @@ def plan_upcycle(
     config: UpcycleConfig,
     *,
     dtype: torch.dtype | None = None,
+    format: str | None = None,  # noqa: A002  # as the command line calls it
     calibration_texts: Sequence[Tensor] | None = None,
 ) -> UpcyclePlan:
     """Open a dense folder and plan what it becomes."""
-    return UpcyclePlan(ModelFolder(source), config, dtype=dtype, calibration_texts=calibration_texts)
+    return UpcyclePlan(ModelFolder(source), config, dtype=dtype, format=format, calibration_texts=calibration_texts)

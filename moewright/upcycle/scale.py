@@ -8,7 +8,8 @@ gives the dense layer back; what s is depends on the router order.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,31 +23,52 @@ SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Factors:
-    """What the three projections of a gated block are multiplied by."""
+    """What the projections of a block and their biases are multiplied by; without a gate, `gate` stands idle."""
 
     gate: float = 1.0
     up: float = 1.0
     down: float = 1.0
+    down_bias: float = 1.0
+    """Of the bias that is added after the second product: each expert has all of it, so it needs 1 / s alone."""
+
+    @property
+    def gate_bias(self) -> float:
+        return self.gate
+
+    @property
+    def up_bias(self) -> float:
+        return self.up
 
 
-def balanced(total: float) -> Factors:
-    """Spread S over up and down, about sqrt(S) each: `down(act(gate(x)) * up(x))` is linear in both.
+DEGREES: Final = {"linear": 1, "relu": 1, "leaky_relu": 1, "relu2": 2}
+"""Degree of the homogeneous activations: act(c x) = c^degree act(x) for c > 0."""
 
-    The gate stays as it is: no activation in use is homogeneous but ReLU. The factor of up is a power
-    of two, which no dtype rounds, so a weight is rounded once at most, and for a power of two S never.
+
+def degree_of(moe: MoEConfig) -> int:
+    """By which power of a factor of `up` an expert's output grows; 0: no power, so `up` must stay as it is."""
+    return 1 if moe.gated else DEGREES.get(moe.activation, 0)
+
+
+def balanced(total: float, *, degree: int = 1) -> Factors:
+    """Spread S over up and down: `up` gets about S^(1 / (degree + 1)), and `down` the rest.
+
+    A gated block is linear in both, a squared ReLU grows with the square of `up`. The gate stays as it is, and where
+    no power holds (GELU without a gate) `down` takes all of S. The factor of up is a power of two, which no dtype
+    rounds, so a weight is rounded once at most, and for a power of two S never.
     """
-    up = 2.0 ** round(math.log2(total) / 2)
-    return Factors(up=up, down=total / up)
+    up = 2.0 ** round(math.log2(total) / (degree + 1)) if degree else 1.0
+    return Factors(up=up, down=total / up**degree)
 
 
-def published(total: float) -> Factors:
-    """Spread S as arXiv 2410.07524 does, the cube root on each of the three; not exact for gated blocks."""
-    root = total ** (1 / 3)
+def published(total: float, moe: MoEConfig) -> Factors:
+    """Spread S as arXiv 2410.07524 does: the cube root on each of the three projections of a gated block, which is
+    not exact, and on both of a squared ReLU; the square root on both of another block without a gate."""
+    root = total ** (1 / 3) if moe.gated or moe.activation == "relu2" else total**0.5
     return Factors(root, root, root)
 
 
-def factors(config: UpcycleConfig, *, weight_sum: float | None = None) -> Factors:
-    """The factors of one layer for a resolved config.
+def factors(config: UpcycleConfig, moe: MoEConfig, *, weight_sum: float | None = None) -> Factors:
+    """The factors of one layer for a resolved config; `moe` says what form its experts have.
 
     `weight_sum` is the mean over tokens of the sum of a token's combine weights, for `calibrated`.
     """
@@ -54,12 +76,13 @@ def factors(config: UpcycleConfig, *, weight_sum: float | None = None) -> Factor
     if config.scale == "none":
         return Factors()
     if config.scale == "exact":
-        return balanced(float(G))  # topk-softmax: the weights sum to 1
+        return balanced(float(G), degree=degree_of(moe))  # topk-softmax: the weights sum to 1
     if config.scale == "uniform":
         # Equation 2 of the paper takes each of the N experts to have probability 1/N, so s = T/N.
-        return published(G * N / T if config.router_order == "softmax-topk" else float(G))
+        mean = T / N if config.router_order == "softmax-topk" else 1.0
+        return replace(published(G / mean, moe), down_bias=1 / mean)
     assert weight_sum is not None, "a calibrated scale needs its measurement"
-    return balanced(G / weight_sum)
+    return replace(balanced(G / weight_sum, degree=degree_of(moe)), down_bias=1 / weight_sum)
 
 
 def mean_weight_sum(x_TD: Tensor, router_ED: Tensor, *, top_k: int) -> float:
@@ -72,12 +95,16 @@ def mean_weight_sum(x_TD: Tensor, router_ED: Tensor, *, top_k: int) -> float:
     return float(weights_TK.sum(dim=-1, dtype=torch.float64).mean())
 
 
-def expected_weight_sum(router_ED: Tensor, norm_D: Tensor, *, top_k: int, seed: int) -> float:
+def expected_weight_sum(
+    router_ED: Tensor, scale_D: Tensor, *, shift_D: Tensor | None = None, top_k: int, seed: int
+) -> float:
     """The same for inputs that nobody has measured.
 
-    The layer reads an RMS norm with weight `norm_D`: its inputs are taken as independent Gaussians
-    with these standard deviations, and the mean as that over 4096 seeded draws, in float64.
+    The layer reads a norm: its inputs are taken as independent Gaussians with the norm's weights for standard
+    deviations and its biases for means, and the mean as that over 4096 seeded draws, in float64.
     """
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(SAMPLES, norm_D.shape[0], generator=generator, dtype=torch.float64)
-    return mean_weight_sum(noise * norm_D.double(), router_ED.double(), top_k=top_k)
+    x_TD = torch.randn(SAMPLES, scale_D.shape[0], generator=generator, dtype=torch.float64) * scale_D.double()
+    if shift_D is not None:
+        x_TD = x_TD + shift_D.double()
+    return mean_weight_sum(x_TD, router_ED.double(), top_k=top_k)

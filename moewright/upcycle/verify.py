@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers
+from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError
 from moewright.moe.router import Routing
 
@@ -57,7 +58,7 @@ class Reference:
     @classmethod
     def of(cls, model: PreTrainedModel, texts: Sequence[Tensor], *, tokens: int = VERIFY_TOKENS) -> Self:
         """Ask the dense model; raises `DataError` if there are no two tokens."""
-        windows = _windows(texts, tokens)
+        windows = _windows(texts, tokens, longest=longest_text(model))
         return cls(windows, [_logits(model, window) for window in windows], model.dtype)
 
     def compare(self, model: PreTrainedModel, *, granularity: int) -> Comparison:
@@ -119,10 +120,10 @@ def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
     return broken / rows
 
 
-def _windows(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
+def _windows(texts: Sequence[Tensor], tokens: int, *, longest: int) -> list[Tensor]:
     windows, taken = [], 0
     for text in texts:
-        for window in text[: tokens - taken].split(VERIFY_WINDOW):
+        for window in text[: tokens - taken].split(min(VERIFY_WINDOW, longest)):
             if len(window) > 1:
                 windows.append(window)
                 taken += len(window)
@@ -133,8 +134,7 @@ def _windows(texts: Sequence[Tensor], tokens: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0].float()
-    return logits
+    return text_logits(model, window).float()
 
 
 @contextmanager

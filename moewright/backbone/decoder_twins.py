@@ -1,0 +1,294 @@
+"""Which transformers MoE architecture represents a sparse model exactly, and why the others do not: decoders."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moewright.backbone.family import family_of
+from moewright.backbone.graft import moe_layers
+from moewright.backbone.layout import Layout, Slot
+from moewright.backbone.twin import Layers, Twin, whole_number
+from moewright.errors import ModelError
+from moewright.moe.config import MoEConfig
+
+SILENT_SIZE: Final = 64
+"""Width of the all-zero shared expert where a layout demands one: small, and divisible by serving degrees."""
+
+NO_JITTER: Final = ("router_jitter_noise", "input_jitter_noise")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryLayer(Twin):
+    """A decoder whose layers are all sparse."""
+
+    order: str | None = None
+    """The one router order it knows; None where a flag says it."""
+
+    def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
+        order = next(iter(layers.values())).router_order
+        if self.order is not None and order != self.order:
+            return "it always renormalises the chosen weights (topk-softmax)"
+        if len(layers) < config.num_hidden_layers:
+            return "it cannot mix dense and sparse layers"
+        return None
+
+    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
+        renormalises = next(iter(layers.values())).router_order == "topk-softmax"
+        return {} if self.order else {"norm_topk_prob": renormalises}
+
+    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+        refuse_jitter(fields)
+        return {"router_order": self.order or order_of(fields)}
+
+    def sparse_layers(self, fields: Mapping[str, Any], config: PreTrainedConfig) -> list[int]:
+        return list(range(config.num_hidden_layers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixtral(EveryLayer):
+    def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
+        return super().refuses_layers(config, layers) or refuses_attention_biases(config)
+
+    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
+        return {"head_dim": head_size(config)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraniteShared(EveryLayer):
+    """GraniteMoe with a shared expert whose output is added."""
+
+    def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
+        moe = next(iter(layers.values()))
+        if not moe.shared_size or moe.shared_mode != "added":
+            return "it has one shared expert, whose output is added"
+        return super().refuses_layers(config, layers)
+
+    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
+        return {"shared_intermediate_size": next(iter(layers.values())).shared_size}
+
+    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+        size = whole_number(fields, "shared_intermediate_size", what=self.model_type)
+        return super().own_settings(fields, shared=shared) | {"shared_size": size, "shared_mode": "added"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen(Twin):
+    """Decoders that may mix dense and sparse layers, and honour `norm_topk_prob`."""
+
+    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
+        return {
+            "head_dim": head_size(config),
+            "norm_topk_prob": next(iter(layers.values())).router_order == "topk-softmax",
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [layer for layer in range(config.num_hidden_layers) if layer not in layers],
+        }
+
+    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+        refuse_jitter(fields)
+        return {"router_order": order_of(fields)}
+
+    def sparse_layers(self, fields: Mapping[str, Any], config: PreTrainedConfig) -> list[int]:
+        step = whole_number(fields, "decoder_sparse_step", what=self.model_type, default=1)
+        dense = fields.get("mlp_only_layers")
+        if not (dense is None or (isinstance(dense, list) and all(type(layer) is int for layer in dense))):
+            raise ModelError(f"config.json of type {self.model_type}: mlp_only_layers={dense!r} is no list of layers")
+        count = config.num_hidden_layers
+        return [layer for layer in range(count) if layer not in (dense or ()) and (layer + 1) % step == 0]
+
+    def backbone_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        # Qwen keeps a width here also where no layer uses it.
+        return {} if fields.get("use_sliding_window", True) else {"sliding_window": None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen3(Qwen):
+    def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
+        return "it cannot mix full and sliding attention" if "sliding_attention" in config.layer_types else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2(Qwen):
+    """Qwen2-MoE, which demands biases of query, key and value, and a gated shared expert.
+
+    Where a model has none, they are written as zeros. An expert that is added as it is (`shared_mode="added"`) is
+    written with a gate of zeros, whose sigmoid is 1/2, and a doubled down projection: exact, since 2 is a power of two.
+    """
+
+    def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
+        if head_size(config) * config.num_attention_heads != config.hidden_size:
+            return "its runtimes take hidden_size / heads for the head width, and this model's is another"
+        if config.model_type == "mistral" and config.sliding_window is not None:
+            return "its sliding window is not Mistral's"
+        moe = next(iter(layers.values()))
+        if moe.shared_size and moe.shared_mode == "residual":
+            return "its shared expert has a gate of its own, not one of two"
+        return refuses_attention_biases(config)
+
+    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
+        size = next(iter(layers.values())).shared_size or SILENT_SIZE
+        return super().own_fields(config, layers) | {"qkv_bias": True, "shared_expert_intermediate_size": size}
+
+    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+        if not fields.get("qkv_bias", True):
+            raise ModelError(
+                f"qkv_bias=false: a {self.model_type} folder without attention biases is not supported yet"
+            )
+        settings = super().own_settings(fields, shared=shared)
+        if shared == "silent":
+            return settings
+        size = whole_number(fields, "shared_expert_intermediate_size", what=self.model_type)
+        return settings | {"shared_size": size, "shared_mode": "added" if shared == "doubled" else "gated"}
+
+    def shared_record(self, moe: MoEConfig) -> str | None:
+        if not moe.shared_size:
+            return "silent"
+        return "doubled" if moe.shared_mode == "added" else None
+
+    def slots(self, model: PreTrainedModel) -> list[Slot]:
+        found = super().slots(model)
+        places = family_of(model.config).places(model.config)
+        if not any(slot.name.endswith("self_attn.q_proj.bias") for slot in found):
+            found += [
+                Slot(
+                    name=f"{place.layer}.self_attn.{projection}.bias",
+                    shape=(model.get_parameter(f"{place.layer}.self_attn.{projection}.weight").shape[0],),
+                    fill=0.0,
+                    must_match=True,
+                )
+                for place in places
+                for projection in ("q_proj", "k_proj", "v_proj")
+            ]
+        for layer, moe in moe_layers(model).items():
+            kind, path = self.shared_record(moe.config), f"{places[layer].layer}.mlp.shared_expert"
+            D, S = moe.config.hidden_size, SILENT_SIZE
+            if kind == "silent":
+                # Its gates are not zero, since llama.cpp computes silu(gate)/gate there.
+                found += [
+                    Slot(name=f"{path}.gate_proj.weight", shape=(S, D), fill=0.0),
+                    Slot(name=f"{path}.up_proj.weight", shape=(S, D), fill=0.0),
+                    Slot(name=f"{path}.down_proj.weight", shape=(D, S), fill=0.0, must_match=True),
+                    Slot(name=f"{path}_gate.weight", shape=(1, D), fill=1.0 / D),
+                ]
+            elif kind == "doubled":
+                down = f"{path}.down_proj.weight"
+                found = [replace(slot, factor=2.0) if slot.name == down else slot for slot in found]
+                found.append(Slot(name=f"{path}_gate.weight", shape=(1, D), fill=0.0, must_match=True))
+        return found
+
+
+def refuses_attention_biases(config: PreTrainedConfig) -> str | None:
+    """Llama's, which are on the output projection, too."""
+    if config.model_type == "llama" and config.attention_bias:
+        return "it has no biases on all four projections of attention"
+    return None
+
+
+def refuse_jitter(fields: Mapping[str, Any]) -> None:
+    """`ModelError` for router noise, which these runtimes apply and our folders do not ask for."""
+    for name in NO_JITTER:
+        if fields.get(name):
+            raise ModelError(
+                f"{name}={fields[name]}: router noise is not supported in a folder; set 0, and train with it"
+            )
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Width of an attention head."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def order_of(fields: Mapping[str, Any]) -> str:
+    """The router order that `norm_topk_prob` means; false where it is missing."""
+    return "topk-softmax" if fields.get("norm_topk_prob", False) else "softmax-topk"
+
+
+_QWEN: Final = {
+    "router.weight": "{layer}.mlp.gate.weight",
+    "gate": "{layer}.mlp.experts.{expert}.gate_proj.weight",
+    "up": "{layer}.mlp.experts.{expert}.up_proj.weight",
+    "down": "{layer}.mlp.experts.{expert}.down_proj.weight",
+}
+_MIXTRAL: Final = {
+    "router.weight": "{layer}.block_sparse_moe.gate.weight",
+    "gate": "{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+    "up": "{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+    "down": "{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+}
+_QWEN2: Final = _QWEN | {
+    "shared_gate": "{layer}.mlp.shared_expert.gate_proj.weight",
+    "shared_up": "{layer}.mlp.shared_expert.up_proj.weight",
+    "shared.down_proj.weight": "{layer}.mlp.shared_expert.down_proj.weight",
+    "shared.gate.weight": "{layer}.mlp.shared_expert_gate.weight",
+}
+_GRANITE: Final = {
+    "router.weight": "{layer}.block_sparse_moe.router.layer.weight",
+    "experts.gate_up_proj": "{layer}.block_sparse_moe.input_linear.weight",
+    "experts.down_proj": "{layer}.block_sparse_moe.output_linear.weight",
+}
+_GRANITE_SHARED: Final = _GRANITE | {
+    "shared.gate_up_proj.weight": "{layer}.shared_mlp.input_linear.weight",
+    "shared.down_proj.weight": "{layer}.shared_mlp.output_linear.weight",
+}
+_SHARED: Final = frozenset({"router_order", "shared_size", "shared_mode"})
+
+DECODERS: Final[tuple[Twin, ...]] = (
+    Mixtral(
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        backbones=("mistral", "llama"),
+        layout=Layout(parts=_MIXTRAL),
+        experts_fields=("num_local_experts",),
+        order="topk-softmax",
+    ),
+    Qwen2(
+        model_type="qwen2_moe",
+        architecture="Qwen2MoeForCausalLM",
+        backbones=("qwen2", "llama", "mistral"),
+        layout=Layout(parts=_QWEN2),
+        size_fields=("moe_intermediate_size",),
+        holds=_SHARED,
+    ),
+    Qwen3(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        backbones=("qwen3",),
+        layout=Layout(parts=_QWEN),
+        # transformers 5 writes num_local_experts alone; readers of version 4 know only num_experts.
+        experts_fields=("num_experts", "num_local_experts"),
+        size_fields=("moe_intermediate_size",),
+    ),
+    EveryLayer(
+        model_type="olmoe",
+        architecture="OlmoeForCausalLM",
+        backbones=("olmoe",),
+        layout=Layout(parts=_QWEN),
+        experts_fields=("num_experts", "num_local_experts"),
+    ),
+    EveryLayer(
+        model_type="flex_olmo",
+        architecture="FlexOlmoForCausalLM",
+        backbones=("olmo2",),
+        layout=Layout(parts=_QWEN),
+        experts_fields=("num_experts", "num_local_experts"),
+    ),
+    EveryLayer(
+        model_type="granitemoe",
+        architecture="GraniteMoeForCausalLM",
+        backbones=("granite",),
+        layout=Layout(parts=_GRANITE),
+        experts_fields=("num_local_experts",),
+        order="topk-softmax",
+    ),
+    GraniteShared(
+        model_type="granitemoeshared",
+        architecture="GraniteMoeSharedForCausalLM",
+        backbones=("granite",),
+        layout=Layout(parts=_GRANITE_SHARED),
+        experts_fields=("num_local_experts",),
+        holds=_SHARED,
+        order="topk-softmax",
+    ),
+)

@@ -1,0 +1,359 @@
+"""Every row of the table of families, and every sparse architecture, against transformers itself."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import moewright.auto  # noqa: F401  # registers our type
+from moewright.backbone.family import FAMILIES as TABLE
+from moewright.backbone.family import chosen_layers, dense_families
+from moewright.backbone.folder import load_model, save_model
+from moewright.backbone.formats import FORMATS, choose_format, settings_from
+from moewright.backbone.graft import graft, moe_layers, routing_contexts, ungraft
+from moewright.backbone.skeleton import has_tied_head
+from moewright.errors import ModelError, UsageError
+from moewright.moe.config import MoEConfig
+from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.plan import plan_upcycle
+from tests.models import (
+    FAMILIES,
+    SIZES,
+    logits_of,
+    plain_transformers,
+    relative,
+    tiny_config,
+    tiny_model,
+    write_dense,
+)
+
+INPUT = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_list_of_the_tests_is_the_table():
+    assert sorted(FAMILIES) == sorted(dense_families())
+
+
+def moe_of(model_type: str, **changes: object) -> MoEConfig:
+    """Experts of the family's own form."""
+    config, family = tiny_config(model_type), TABLE[model_type]
+    return MoEConfig(
+        **(
+            {
+                "hidden_size": 32,
+                "expert_size": 16,
+                "num_experts": 4,
+                "top_k": 2,
+                "activation": family.activation_of(config),
+                "gated": family.form_of(config).gated,
+                "expert_bias": family.biased(config),
+            }
+            | changes
+        )
+    )
+
+
+def grafted(model_type: str, layers: object, **changes: object):
+    """A tiny model with random routers and biases in the given layers."""
+    model = tiny_model(model_type, **changes)
+    graft(model, layers)
+    with torch.no_grad():
+        for moe in moe_layers(model).values():
+            moe.router.weight.normal_()
+            if moe.router.bias is not None:
+                moe.router.bias.uniform_(-0.1, 0.1)
+    return model
+
+
+def same_state(a, b) -> None:
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+FORMS = [*((name, {}) for name in FAMILIES), ("t5", {"feed_forward_proj": "gated-gelu"})]
+FORMS += [("llama", {"mlp_bias": True, "attention_bias": True}), ("granite", {"mlp_bias": True})]
+FORMS += [(name, {"tie_word_embeddings": True}) for name in FAMILIES if "d_model" not in SIZES.get(name, {})]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), FORMS)
+def test_dense_folder_gives_the_model_of_transformers(tmp_path, model_type, changes):
+    folder = write_dense(tmp_path / "dense", model_type, **changes)
+    ours, theirs = load_model(folder), plain_transformers(folder)
+    assert torch.equal(logits_of(ours, INPUT), logits_of(theirs, INPUT))
+    assert has_tied_head(ours) == has_tied_head(theirs)
+    again = save_model(ours, tmp_path / "again", companions=folder)
+    assert torch.equal(logits_of(plain_transformers(again), INPUT), logits_of(theirs, INPUT))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_our_own_type_gives_every_model_back(tmp_path, model_type):
+    layers = {0: moe_of(model_type), 1: moe_of(model_type, num_experts=6, top_k=1, shared_size=8, shared_mode="gated")}
+    model = grafted(model_type, layers)
+    folder = save_model(model, tmp_path / "own", format="moewright")
+    fields = json.loads((folder / "config.json").read_text())
+    assert (fields["model_type"], fields["backbone"]["model_type"]) == ("moewright", model_type)
+    same_state(load_model(folder), model)
+    auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
+    loaded = auto.from_pretrained(folder)
+    assert torch.equal(logits_of(loaded, INPUT), logits_of(model, INPUT))
+    assert type(loaded) is type(model)
+    again = save_model(load_model(folder), tmp_path / "again", format="moewright")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in again.iterdir()}
+
+
+def test_our_own_type_keeps_what_no_twin_holds(tmp_path):
+    settings = moe_of("llama", score="sigmoid", selection_bias=True, renormalize=True, routed_scale=2.5, num_groups=2)
+    model = grafted("llama", {1: replace(settings, shared_size=8, shared_mode="residual", balance_loss=0.01)})
+    folder = save_model(model.to(torch.bfloat16), tmp_path / "own")
+    ours = load_model(folder)
+    same_state(ours, model)
+    assert ours.dtype == torch.bfloat16
+    assert moe_layers(ours)[1].router.bias.dtype == torch.float32
+    assert moe_layers(ours)[1].config == moe_layers(model)[1].config
+
+
+def test_plain_transformers_refuses_our_own_type(tmp_path):
+    folder = save_model(grafted("nemotron", {0: moe_of("nemotron")}), tmp_path / "own")
+    script = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert run.returncode == 1
+    assert "model type `moewright`" in run.stderr
+
+
+def test_our_own_type_takes_few_arguments(tmp_path):
+    folder = save_model(grafted("nemotron", {0: moe_of("nemotron")}), tmp_path / "own")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
+    assert (model.dtype, model.config._attn_implementation) == (torch.float64, "eager")
+    assert AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").device.type == "cpu"
+    with pytest.raises(UsageError, match="without quantization_config"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config={"load_in_8bit": True})
+    with pytest.raises(UsageError, match="on one device"):
+        AutoModelForCausalLM.from_pretrained(folder, device_map={"model": 0, "lm_head": 1})
+
+
+SPARSE = [
+    ("qwen2_moe", "llama", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}),
+    ("olmoe", "olmoe", {"num_experts": 4, "intermediate_size": 16}),
+    ("olmoe", "olmoe", {"num_experts": 4, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    ("flex_olmo", "olmo2", {"num_experts": 4, "intermediate_size": 16}),
+    ("granitemoe", "granite", {"num_local_experts": 4, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
+    ("granitemoeshared", "granite", {"num_local_experts": 4, "shared_intermediate_size": 24}),
+    ("switch_transformers", "t5", {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}),
+    ("switch_transformers", "t5", {"num_experts": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "backbone", "changes"), SPARSE)
+@pytest.mark.filterwarnings("ignore:expert_capacity=64")
+def test_sparse_folders_of_transformers_are_read_and_written_back(tmp_path, model_type, backbone, changes):
+    changes = changes if model_type == "switch_transformers" else changes | {"num_experts_per_tok": 2}
+    theirs = tiny_model(model_type, **changes)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert relative(logits_of(ours, INPUT), logits_of(theirs, INPUT)) < 2e-6
+    again = save_model(ours, tmp_path / "again", format=model_type)
+    assert relative(logits_of(plain_transformers(again), INPUT), logits_of(theirs, INPUT)) < 2e-6
+    same_state(load_model(again), ours)
+
+
+def test_a_shared_expert_that_is_added_is_exact_in_qwen2_moe(tmp_path):
+    layers = dict.fromkeys((0, 1), moe_of("llama", shared_size=24))
+    model = grafted("llama", layers)
+    folder = save_model(model, tmp_path / "sparse")
+    assert json.loads((folder / "moewright.json").read_text())["shared_expert"] == "doubled"
+    assert relative(logits_of(plain_transformers(folder), INPUT), logits_of(model, INPUT)) < 1e-6
+    same_state(load_model(folder), model)
+
+
+# -- NLLB-MoE, which transformers 5.23 computes wrongly: it takes the mask of the first choice for expert numbers --
+
+
+def nllb(**changes: object):
+    sizes = {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0}
+    return tiny_model("nllb-moe", **(sizes | changes))
+
+
+def top_2(self, hidden_states, padding_mask=None):
+    """What an NLLB-MoE block should compute, token by token in float64 (arXiv 2207.04672, section 6.2)."""
+    shape = hidden_states.shape
+    x_TD = hidden_states.reshape(-1, shape[-1]).double()
+    y_TD = torch.zeros_like(x_TD)
+    for t, x_D in enumerate(x_TD):
+        probabilities = (self.router.classifier.weight.double() @ x_D).softmax(0)
+        weights, experts = probabilities.topk(2)
+        for weight, e in zip(weights / weights.sum(), experts.tolist(), strict=True):
+            expert = self.experts[f"expert_{e}"]
+            hidden = expert.act(expert.fc1.weight.double() @ x_D + expert.fc1.bias.double())
+            y_TD[t] += weight * (expert.fc2.weight.double() @ hidden + expert.fc2.bias.double())
+    return y_TD.view(shape).to(hidden_states.dtype)
+
+
+def test_nllb_moe_is_computed_right(tmp_path, monkeypatch):
+    theirs = nllb()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    wrong = logits_of(theirs, INPUT)
+    monkeypatch.setattr("transformers.models.nllb_moe.modeling_nllb_moe.NllbMoeSparseMLP.forward", top_2)
+    right = logits_of(theirs, INPUT)
+    assert relative(logits_of(ours, INPUT), right) < 2e-6
+    # If this fails, transformers has been mended: then nllb-moe may be chosen by itself (`automatic`).
+    assert relative(wrong, right) > 1e-3
+    again = save_model(ours, tmp_path / "again", format="nllb-moe")
+    assert relative(logits_of(plain_transformers(again), INPUT), right) < 2e-6
+    same_state(load_model(again), ours)
+    # Nobody who did not ask for it gets a folder that is computed wrongly.
+    own = save_model(ours, tmp_path / "own")
+    assert json.loads((own / "config.json").read_text())["model_type"] == "moewright"
+
+
+def test_output_masking_of_nllb_comes_along(tmp_path):
+    nllb(moe_token_dropout=0.2).save_pretrained(tmp_path / "theirs")
+    assert {moe.config.output_masking for moe in moe_layers(load_model(tmp_path / "theirs")).values()} == {0.2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"second_expert_policy": "sampling"}, "second_expert_policy"),
+        ({"router_bias": True}, "router_bias"),
+        ({"decoder_ffn_dim": 32}, "differ"),
+    ],
+)
+def test_what_nllb_folders_ask_for_besides_is_refused(tmp_path, changes, words):
+    nllb(**changes).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ModelError, match=words):
+        load_model(tmp_path / "theirs")
+
+
+# -- encoders and decoders --
+
+
+def test_layers_are_numbered_encoder_first():
+    config = tiny_config("m2m_100", encoder_layers=3, decoder_layers=4)
+    assert chosen_layers("all", config) == tuple(range(7))
+    assert chosen_layers("every:2", config) == (1, 4, 6)
+    assert chosen_layers("encoder.2,decoder.0,6", config) == (2, 3, 6)
+    for text in ("every:5", "every:0", "decoder.4", "7", "0,0", "encoder.0,0", "x"):
+        with pytest.raises(UsageError, match=r"encoder\.0 to decoder\.3"):
+            chosen_layers(text, config)
+
+
+def test_each_stack_has_the_mask_of_its_own():
+    model = grafted("m2m_100", dict.fromkeys(range(4), moe_of("m2m_100")))
+    encoder, decoder = routing_contexts(model)
+    mask, other = torch.ones_like(INPUT), torch.ones_like(INPUT[:, :7])
+    mask[0, 5:], other[1, 3:] = 0, 0
+    with torch.no_grad():
+        model(input_ids=INPUT, attention_mask=mask, decoder_input_ids=INPUT[:, :7], decoder_attention_mask=other)
+    assert encoder.token_mask.tolist() == mask.flatten().bool().tolist()
+    assert decoder.token_mask.tolist() == other.flatten().bool().tolist()
+    counts = [int(moe.stats.tokens_per_expert.sum()) for moe in moe_layers(model).values()]
+    assert counts == [2 * int(mask.sum())] * 2 + [2 * int(other.sum())] * 2
+
+
+@pytest.mark.parametrize("model_type", ["m2m_100", "bart", "t5"])
+def test_grafting_into_encoder_decoders_can_be_undone(model_type):
+    model = tiny_model(model_type)
+    wanted = logits_of(model, INPUT)
+    taken = graft(model, {0: moe_of(model_type), 3: moe_of(model_type)})
+    assert not torch.equal(logits_of(model, INPUT), wanted)
+    ungraft(model, taken)
+    assert torch.equal(logits_of(model, INPUT), wanted)
+
+
+def test_experts_choose_in_encoders_only(tmp_path):
+    choosing = moe_of("m2m_100", choice="expert", top_k=0, expert_choice=2.0, causal=False)
+    with pytest.raises(UsageError, match="later tokens"):
+        graft(tiny_model("m2m_100"), {2: choosing})
+    model = grafted("m2m_100", {0: choosing})
+    same_state(load_model(save_model(model, tmp_path / "own")), model)
+
+
+def test_dropout_between_the_projections_is_named(tmp_path):
+    source = write_dense(tmp_path / "dense", "bart", activation_dropout=0.25)
+    with pytest.warns(UserWarning, match=r"activation_dropout=0\.25"):
+        plan_upcycle(source, UpcycleConfig(experts=4, top_k=2))
+
+
+def test_a_head_of_its_own_that_t5_configs_do_not_tell_of(tmp_path):
+    # T5 1.1: config.json says untied, the class ties all the same, and the file decides.
+    theirs = tiny_model("t5", tie_word_embeddings=False, feed_forward_proj="gated-gelu")
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn_like(theirs.lm_head.weight))
+    theirs.all_tied_weights_keys.pop("lm_head.weight")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert not has_tied_head(ours)
+    assert torch.equal(logits_of(ours, INPUT), logits_of(plain_transformers(tmp_path / "theirs"), INPUT))
+    graft(ours, {0: moe_of("t5", activation="gelu_new", gated=True)})
+    again = load_model(save_model(ours, tmp_path / "own"))
+    assert not has_tied_head(again)
+    same_state(again, ours)
+
+
+def test_tied_tensors_that_differ_are_refused(tmp_path):
+    sizes = {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    model = tiny_model("switch_transformers", tie_word_embeddings=False, **sizes)
+    model.save_pretrained(tmp_path / "theirs")
+    with (
+        pytest.warns(UserWarning, match="expert_capacity"),
+        pytest.raises(ModelError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"),
+    ):
+        load_model(tmp_path / "theirs")
+
+
+# -- formats --
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers", "changes", "wanted", "words"),
+    [
+        ("t5", range(4), {}, "switch_transformers", "to one expert"),
+        ("t5", [0], {"top_k": 1, "expert_size": 64}, "switch_transformers", "every n-th|in a step"),
+        ("t5", [1, 3], {"top_k": 1}, "switch_transformers", "one width"),
+        ("m2m_100", range(4), {"top_k": 1}, "nllb-moe", "two experts"),
+        ("m2m_100", [0, 3], {"expert_size": 64}, "nllb-moe", "every n-th"),
+        ("llama", [0, 1], {}, "qwen3_moe", "it stands for qwen3"),
+        ("granite", [0, 1], {"top_k": 1}, "granitemoe", "renormalises"),
+        ("granite", [0, 1], {}, "granitemoeshared", "shared expert"),
+        ("olmo2", [0], {}, "flex_olmo", "cannot mix"),
+        ("llama", [0, 1], {"gated": False}, "mixtral", "no gate"),
+        ("llama", [0, 1], {"expert_bias": True}, "mixtral", "biases"),
+        ("llama", [0, 1], {"activation": "relu"}, "mixtral", "activation relu"),
+    ],
+)
+def test_a_format_that_would_compute_something_else_is_refused(tmp_path, model_type, layers, changes, wanted, words):
+    model = grafted(model_type, dict.fromkeys(layers, moe_of(model_type, **changes)))
+    with pytest.raises(ModelError, match=words):
+        save_model(model, tmp_path / "out", format=wanted)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_formats_are_named():
+    with pytest.raises(UsageError, match=f"choose one of {', '.join(FORMATS)}"):
+        choose_format(tiny_config("llama"), {0: moe_of("llama")}, wanted="gguf")
+    with pytest.raises(ModelError, match="only sparse models"):
+        save_model(tiny_model("llama"), Path("nowhere"), format="mixtral")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"top_k": "2"}, "an int is expected|a int is expected"),
+        ({"experts": 4}, "no setting 'experts'"),
+        ({"top_k": 9}, "makes no sense"),
+        ({"num_experts": True}, "int is expected"),
+    ],
+)
+def test_senseless_settings_of_our_own_type_are_refused(values, words):
+    good = {"hidden_size": 32, "expert_size": 16, "num_experts": 4, "top_k": 2}
+    assert settings_from(good).num_experts == 4
+    with pytest.raises(ModelError, match=words):
+        settings_from(good | values)
+    with pytest.raises(ModelError, match="lacks hidden_size"):
+        settings_from({"top_k": 2})
