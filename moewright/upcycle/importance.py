@@ -11,7 +11,7 @@ from moewright.upcycle.methods import neuron_dim
 def batch_importance(weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
     """|sum of weight times gradient| over all weights of a neuron, for one batch: (W,) float64.
 
-    The importance of MoEBERT (arXiv 2204.07675, section 3.1) is the sum over the data of
+    The importance of MoEBERT (arXiv 2204.07675) is the sum over the data of
     |w1_j . dL/dw1_j + w2_j . dL/dw2_j|: the first-order change of the loss if neuron j were left out. Add up
     what this returns over batches: the absolute value is of each batch, so a batch of one sample, with the loss of that
     sample, gives the paper's score, and larger batches let samples of opposite sign cancel. It is not the

@@ -39,8 +39,8 @@ def clustered(features_WA: Tensor, *, parts: int, seed: int, layer: int) -> Tens
     """The partition into clusters of equal size, (P, F), of neurons with similar features.
 
     Features: `cluster.activation_features`, for experts of neurons that are active together, or `cluster.unit_rows` of
-    the gate (or of the one first matrix), for neurons that react to the same inputs (MoEfication, arXiv 2110.01786,
-    section 3.2, clusters those rows).
+    the gate (or of the one first matrix), for neurons that react to the same inputs (the parameter clustering
+    of MoEfication, arXiv 2110.01786).
     """
     _require_divides(parts, len(features_WA))
     return balanced_clusters(features_WA, clusters=parts, generator=generator(seed, layer=layer, stream="clusters"))
@@ -53,6 +53,7 @@ def virtual_groups(partition_PF: Tensor, *, experts: int) -> Tensor:
     nothing is copied: a split into a mixture of the same size.
     """
     parts = len(partition_PF)
+    assert len(partition_PF.unique()) == partition_PF.numel(), "a neuron in two parts would count twice"
     if experts % parts:
         raise UsageError(
             f"experts={experts} is not a multiple of granularity={parts}: every shard needs as many copies"
@@ -82,7 +83,7 @@ def carve(width: int, *, size: int, importance_W: Tensor | None = None) -> tuple
 
 
 def important(importance_W: Tensor, *, experts: int, shared: int, expert_width: int | None = None) -> Tensor:
-    """The split by importance of MoEBERT (arXiv 2204.07675, section 3.2): (E, F), the most important first.
+    """The split by importance of MoEBERT (arXiv 2204.07675): (E, F), the most important first.
 
     The `shared` most important neurons go to every expert, the others are dealt out one by one in the order of
     importance, and what is then too many for an expert is dropped: the least important. F is `expert_width`, by default
