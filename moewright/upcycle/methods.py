@@ -1,12 +1,189 @@
-"""What each expert and each router row starts as.
+"""What each expert's weights start as.
 
-Letters: D model width, F expert width, E experts, G granularity. Expert j holds shard `j mod G` of
-the dense block and router row `j // G`: experts e*G .. e*G+G-1 are virtual group e, which has tied
-logits and owns each shard once (arXiv 2410.07524, section 3). With G = 1 this is plain copying.
+Letters: D model width, W width of the dense block, F expert width, E experts, K experts a token, G granularity.
+
+An expert's tensor is made in three steps, each a choice of its own: the neurons it holds (`neurons.py`), taken from a
+part of the dense block (`take`); what is changed in them (`changed`); what they are multiplied by, and one rounding to
+the dtype to be written (`scaled`). A block has the parts `gate` and `up`, (W, D), or `up` alone, `down`, (D, W), maybe
+`gate_bias` and `up_bias`, (W,), and `down_bias`, (D,), which belongs to the block and to no neuron (`bias_factors`).
 """
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from moewright.errors import UsageError
+from moewright.moe.config import SharedMode
+from moewright.upcycle.routers import normal_rows, repeated
+from moewright.upcycle.seeds import generator
+
+IndexSets = Literal["shared", "separate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """How experts are made different from the dense block, and from each other; by default not at all."""
+
+    noise: float = 0.0
+    """Standard deviation of Gaussian noise on each matrix of an expert, relative to that of its own elements."""
+
+    redraw: float = 0.0
+    """r of Drop-Upcycling (arXiv 2502.19261): the fraction of an expert's neurons that is drawn anew."""
+
+    redraw_sets: IndexSets = "shared"
+    """Whether gate, up and down lose the same neurons, as the paper says, or `separate` ones, as its code does."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.noise < float("inf"):
+            raise UsageError(f"noise={self.noise}: it must be a finite number, 0 or more")
+        if not 0.0 <= self.redraw <= 1.0:
+            raise UsageError(f"redraw={self.redraw}: it must be a fraction from 0 to 1")
+        if self.redraw_sets not in get_args(IndexSets):
+            raise UsageError(f"redraw_sets={self.redraw_sets!r}: choose one of {', '.join(get_args(IndexSets))}")
+
+
+UNCHANGED: Final = Changes()
+
+
+def expert_part(
+    dense: Tensor,
+    part: str,
+    *,
+    neurons_F: Tensor,
+    layer: int,
+    expert: int,
+    changes: Changes = UNCHANGED,
+    factor: float | Tensor = 1.0,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One tensor of one expert, from a part of the dense block that belongs to its neurons: not `down_bias`.
+
+    Gate and up: (W, D) -> (F, D); down: (D, W) -> (D, F); biases: (W,) -> (F,). Rounded once, to `dtype`; a view of
+    `dense` where the neurons are neighbours and nothing is changed.
+    """
+    piece = changed(take(dense, part, neurons_F=neurons_F), part, changes=changes, layer=layer, expert=expert)
+    return scaled(piece, factor=factor, dtype=dtype)
+
+
+def take(dense: Tensor, part: str, *, neurons_F: Tensor) -> Tensor:
+    """The neurons' share of a part of the dense block: rows of gate and up, elements of their biases, columns of down.
+
+    A view where the neurons are neighbours in ascending order, else a copy.
+    """
+    assert part != "down_bias", "the output bias belongs to the block, not to neurons: see bias_factors"
+    dim = neuron_dim(part)
+    first, count = int(neurons_F[0]), len(neurons_F)
+    assert 0 <= int(neurons_F.min()) <= int(neurons_F.max()) < dense.shape[dim], "neurons that the block does not have"
+    if torch.equal(neurons_F, torch.arange(first, first + count)):
+        return dense.narrow(dim, first, count)
+    return dense.index_select(dim, neurons_F)
+
+
+def neuron_dim(part: str) -> int:
+    """The dimension of a part that counts neurons."""
+    return 1 if part == "down" else 0
+
+
+def changed(piece: Tensor, part: str, *, changes: Changes, layer: int, expert: int) -> Tensor:
+    """An expert's share with some of its neurons drawn anew, and then noise on it; as it is where neither is asked for.
+
+    Arithmetic and result in float32 (float64 for such weights). Draws depend on seed, layer, expert and part alone.
+    Biases of a redrawn neuron are drawn anew with it; they get no noise.
+    """
+    if changes.redraw:
+        width = piece.shape[neuron_dim(part)]
+        redrawn_N = redrawn_neurons(width, part, changes=changes, layer=layer, expert=expert)
+        draws = generator(changes.seed, layer=layer, stream=f"redraw/{part}", expert=expert)
+        piece = redrawn(piece, part, neurons_N=redrawn_N, draws=draws)
+    if changes.noise and piece.dim() > 1:
+        draws = generator(changes.seed, layer=layer, stream=f"noise/{part}", expert=expert)
+        piece = with_noise(piece, relative_std=changes.noise, draws=draws)
+    return piece
+
+
+def redrawn_neurons(width: int, part: str, *, changes: Changes, layer: int, expert: int) -> Tensor:
+    """Which of an expert's F = `width` neurons are drawn anew in a part of it: round(r F) of them, ascending.
+
+    Under `shared` the same for all parts, so that F - round(r F) neurons stay whole. The released code of
+    Drop-Upcycling draws a set for each matrix, the `separate` here: of a gated block about (1 - r)^3 F neurons keep all
+    three of their rows and columns, 1/8 at r = 0.5, and almost all others are chimeras. A bias goes with its matrix.
+    """
+    matrix = part.removesuffix("_bias")
+    stream = "redraw" if changes.redraw_sets == "shared" else f"redraw/{matrix}/neurons"
+    draws = generator(changes.seed, layer=layer, stream=stream, expert=expert)
+    return torch.randperm(width, generator=draws)[: round(changes.redraw * width)].sort().values
+
+
+def redrawn(piece: Tensor, part: str, *, neurons_N: Tensor, draws: torch.Generator) -> Tensor:
+    """The neurons' share drawn anew from N(mean, std^2), the mean and the deviation of what is replaced.
+
+    One mean and one deviation for all elements replaced (Drop-Upcycling, arXiv 2502.19261, section 3). A new tensor,
+    float32 or wider.
+    """
+    piece = piece.to(_wide(piece), copy=True)
+    dim = neuron_dim(part)
+    old = piece.index_select(dim, neurons_N)
+    if old.numel():
+        std, mean = torch.std_mean(old, correction=0)
+        piece.index_copy_(dim, neurons_N, mean + std * _normal_like(old, draws))
+    return piece
+
+
+def with_noise(piece: Tensor, *, relative_std: float, draws: torch.Generator) -> Tensor:
+    """Gaussian noise added whose deviation is this times that of the tensor's elements; float32 or wider."""
+    piece = piece.to(_wide(piece))
+    return piece + relative_std * piece.std(correction=0) * _normal_like(piece, draws)
+
+
+def scaled(piece: Tensor, *, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplied in float32 (float64 for such tensors) and rounded once; a factor of 1 only rounds.
+
+    A tensor of factors, (F,), has one for each neuron, and is for `down` (`neurons.neuron_factors`).
+    """
+    if isinstance(factor, float) and factor == 1.0:
+        return piece.to(dtype)
+    wide = piece.to(_wide(piece))
+    return (wide * (factor if isinstance(factor, float) else factor.to(wide.dtype))).to(dtype)
+
+
+def share_factors(mode: SharedMode) -> tuple[float, float]:
+    """What (each routed expert, the shared expert) is multiplied by so that both count in full at step 0.
+
+    The shared expert's gate starts from zeros: `gated`, it weighs it sigmoid(0) = 1/2; `residual`, both a softmax
+    of two zeros, 1/2. `added` weighs neither. The factor of the routed ones is on top of the scale S, which is
+    theirs alone: a shared expert carved out of the block is unscaled (our own arithmetic; it follows that the
+    layer is exact if the neurons of both make up the block).
+    """
+    return {"added": (1.0, 1.0), "gated": (1.0, 2.0), "residual": (2.0, 2.0)}[mode]
+
+
+def bias_factors(*, weight_sum: float = 1.0, shared_mode: SharedMode | None = None) -> tuple[float, float]:
+    """What the block's output bias b is multiplied by in (each routed expert, the shared expert).
+
+    Every expert holds all of it, so a token gets s b from its experts, s the sum of its combine weights: 1 under
+    topk-softmax, whatever K and G. `weight_sum` is the s that the scale S = G / s of the weights reckons with: K / N
+    for the uniform scale of softmax-topk (the bias times N / K), the measured mean for the calibrated one, 1 where
+    nothing is scaled. The bias is not multiplied by S: it is not cut into shards, and no activation follows. (arXiv
+    2410.07524 has models without biases; its implementation copies b unscaled: our own arithmetic.)
+
+    A shared expert is always on, so there b is exact under any router, and the routed experts start without.
+    """
+    if shared_mode is None:
+        return 1.0 / weight_sum, 0.0
+    return 0.0, share_factors(shared_mode)[1]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _normal_like(tensor: Tensor, draws: torch.Generator) -> Tensor:
+    # Drawn in float32 whatever the dtype, so that models that differ in it alone get the same draws.
+    return torch.randn(tensor.shape, generator=draws).to(tensor.dtype)
 
 
 def shard(dense: Tensor, part: str, *, expert: int, granularity: int) -> Tensor:
@@ -22,20 +199,6 @@ def shard(dense: Tensor, part: str, *, expert: int, granularity: int) -> Tensor:
 def router_rows(
     *, experts: int, hidden_size: int, granularity: int, std: float, seed: int, layer: int, dtype: torch.dtype
 ) -> Tensor:
-    """The router (E, D): E/G rows from N(0, std^2), each repeated G times.
-
-    Drawn in float32 by a generator of the layer's own, so a layer's rows depend on the seed and on
-    nothing else, and rounded to `dtype`.
-    """
-    generator = torch.Generator().manual_seed(_layer_seed(seed, layer))
-    rows = torch.randn(experts // granularity, hidden_size, generator=generator) * std
-    return rows.to(dtype).repeat_interleave(granularity, dim=0)
-
-
-def _layer_seed(seed: int, layer: int) -> int:
-    """One 63-bit seed a layer, far apart for neighbouring seeds (the finaliser of SplitMix64)."""
-    mask = (1 << 64) - 1
-    value = (seed * 0x9E3779B97F4A7C15 + (layer + 1) * 0xD1342543DE82EF95) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return (value ^ (value >> 31)) >> 1
+    """The router (E, D): E/G rows from N(0, std^2), each repeated G times."""
+    rows_MD = normal_rows(experts // granularity, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
+    return repeated(rows_MD, granularity=granularity, dtype=dtype)
