@@ -25,8 +25,8 @@ from torch import Tensor
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
-from moewright.checkpoint.write import FolderWriter, plan_shards
 from moewright.checkpoint.vocabulary import token_count
+from moewright.checkpoint.write import FolderWriter, plan_shards
 from moewright.errors import ModelError, ResourceError
 from tests.kill import kill_everywhere
 from tests.models import tiny_model, tiny_tokenizer
