@@ -1,8 +1,10 @@
 """Reading Hugging Face model folders that we did not write, and do not trust."""
 
+import contextlib
 import functools
 import hashlib
 import math
+import threading
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -51,6 +53,8 @@ class ModelFolder:
     def __init__(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
         self.path = Path(path)
         self._allow_nonfinite = allow_nonfinite
+        self._hashing: threading.Thread | None = None
+        self._fingerprint: str | None = None
         with reading(self.path):
             _require_content(self.path)
             self.config = _read_config(self.path)
@@ -113,8 +117,26 @@ class ModelFolder:
         """Number of elements in the files, a tensor that is tied and stored once counted once."""
         return sum(math.prod(info.shape) for info in self.tensors.values())
 
+    def start_fingerprint(self) -> None:
+        """Begin to compute ``fingerprint`` in a thread that does not keep the process alive."""
+
+        def work() -> None:
+            with contextlib.suppress(OSError):  # it will come again, and in the caller's thread
+                self._fingerprint = self._hash_files()
+
+        self._hashing = threading.Thread(target=work, daemon=True)
+        self._hashing.start()
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over config.json and the weight files; reads every byte, a chunk at a time."""
+        if self._hashing is not None:
+            self._hashing.join()
+        if self._fingerprint is None:
+            with reading(self.path):
+                self._fingerprint = self._hash_files()
+        return self._fingerprint
+
+    def _hash_files(self) -> str:
         files = {file.name: file for file in (self.path / CONFIG, *self._weight_files())}
         text = "".join(f"{record_of(files[name])['sha256']}  {name}\n" for name in sorted(files))
         return hashlib.sha256(text.encode()).hexdigest()

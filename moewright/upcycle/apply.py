@@ -84,6 +84,7 @@ def upcycle_folder(
         summary["free_bytes"] = shutil.disk_usage(disk).free
         return UpcycleReport(target, False, summary, _layers(plan), [])
     comparisons: list[Comparison] = []
+    folder.start_fingerprint()
     with writer:
         writer.write_json("config.json", plan.config_fields())
         advance = track(summary["bytes"]) if track else None
