@@ -107,6 +107,7 @@ def upcycle(args: argparse.Namespace) -> Facts:
             verify_text=args.verify_text,
             dry_run=args.dry_run,
             overwrite=args.overwrite,
+            allow_nonfinite=args.allow_nonfinite,
             track=track,
         )
     return report.as_dict()
@@ -241,6 +242,7 @@ def _add_upcycle(verbs: Any) -> None:
     verb.add_argument("--verify-text", metavar="FILE", type=Path, help="compare SRC and OUT on this text")
     verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    verb.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or Inf as they are")
 
 
 def _add_verb(

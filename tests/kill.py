@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,6 +50,10 @@ def _arm(point: int) -> None:
 
 def _main(module: str, name: str, root: Path) -> None:
     work = getattr(importlib.import_module(module), name)
+    rehearsal = root / "rehearsal"  # what is imported at first use is imported once, and not in each child
+    rehearsal.mkdir()
+    work(rehearsal, lambda: None)
+    shutil.rmtree(rehearsal)
     for point in range(1, MOST):
         folder = root / f"{point:03}"
         folder.mkdir()

@@ -261,12 +261,12 @@ def test_random_damage_is_refused_or_harmless(folder: Path) -> None:
             damaged[rng.randrange(end)] = rng.choice(b'0123456789{}[]",:xF\0\xff')
         (folder / WEIGHTS).write_bytes(damaged)
         try:
-            model = ModelFolder(folder)
+            model = ModelFolder(folder, allow_nonfinite=True)
         except ModelError:
             continue
         opened += 1
         for name in model.tensors:
-            model.read(name, allow_nonfinite=True)
+            model.read(name)
     assert 0 < opened < 250  # a changed name or a changed space is harmless; most damage is not
 
 
@@ -414,7 +414,7 @@ def test_values_that_are_not_finite(folder: Path, value: float, dtype: torch.dty
     model = ModelFolder(folder)
     with pytest.raises(ModelError, match="tensor w holds NaN or Inf"):
         model.read("w")
-    assert model.read("w", allow_nonfinite=True)[1, 7].isfinite().logical_not()
+    assert ModelFolder(folder, allow_nonfinite=True).read("w")[1, 7].isfinite().logical_not()
     assert model.read("v").count_nonzero() == 0
     assert model.read("n").item() == 2**62
 

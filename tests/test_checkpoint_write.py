@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
+from moewright.checkpoint.vocabulary import token_count
 from moewright.checkpoint.write import FolderWriter, plan_shards
 from moewright.errors import ModelError, ResourceError
 from tests.kill import kill_everywhere
@@ -247,6 +248,23 @@ def test_a_companion_that_leads_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="leads out"), FolderWriter(tmp_path / "out") as writer:
         writer.copy_companions(tmp_path / "source")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        ({"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 7}}, "added_tokens": [{"id": 9}, {"id": 8}]}}, 10),
+        ({"tokenizer.json": {"model": {"vocab": [["a", 0.0], ["b", -1.0]]}, "added_tokens": [{"id": 1}]}}, 2),
+        ({"tokenizer.json": {"model": {"vocab": {"a": 3}}}, "vocab.json": {"a": 99}}, 4),
+        ({"vocab.json": {"a": 0, "b": 1}, "added_tokens.json": {"c": 2}}, 3),
+        ({"tokenizer.json": {"model": 3, "added_tokens": 4}}, 0),
+        ({}, 0),
+    ],
+)
+def test_tokens_are_counted_by_their_ids(tmp_path: Path, names: dict[str, Any], count: int) -> None:
+    for name, value in names.items():
+        (tmp_path / name).write_text(json.dumps(value))
+    assert token_count(tmp_path) == count
 
 
 # Targets

@@ -92,10 +92,12 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
     long = (
         "--experts 16 --top-k 4 --granularity 4 --router-order softmax-topk --scale calibrated --layers every:2"
         " --dtype bfloat16 --seed 7 --calibration-text c.txt --verify-text v.txt --dry-run --overwrite"
+        " --allow-nonfinite"
     )
     assert cli.main(["upcycle", "a", "b", *long.split()]) == 0
     assert cli.main(["upcycle", "--experts", "8", "a", "b", "--top-k", "2"]) == 0
-    options = {"dtype": None, "calibration_text": None, "verify_text": None, "dry_run": False, "overwrite": False}
+    options = {"dtype": None, "calibration_text": None, "verify_text": None}
+    options |= dict.fromkeys(("dry_run", "overwrite", "allow_nonfinite"), False)
     assert calls == [
         (
             Path("a"),
@@ -115,6 +117,7 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
                 "verify_text": Path("v.txt"),
                 "dry_run": True,
                 "overwrite": True,
+                "allow_nonfinite": True,
             },
         ),
         (Path("a"), Path("b"), UpcycleConfig(experts=8, top_k=2), options),

@@ -46,10 +46,10 @@ def test_damaged_headers_are_refused_or_say_what_they_said(tmp_path):
         damage(raw, dice, limit=header)
         path.write_bytes(raw)
         try:
-            opened = ModelFolder(folder)
+            opened = ModelFolder(folder, allow_nonfinite=True)
             opened.check({name: shape for name, (shape, _) in expected.items()})
             for name in opened.tensors:
-                opened.read(name, allow_nonfinite=True)
+                opened.read(name)
         except ModelError:
             refused += 1
     # The rest changed what nothing depends on (metadata, white space, or places of equal shapes).

@@ -1,7 +1,8 @@
 """Bytes on disk, ours and foreign: the only room that opens weight or state files.
 
 Read in this order: ``files`` (durable and hashed files), ``lock`` (a folder for one process at a time), ``tensorfile``
-(the safetensors format), ``read`` (a model folder), ``write`` (a new model folder), ``state`` (training state).
+(the safetensors format), ``read`` (a model folder), ``vocabulary`` (how many tokens it has), ``write`` (a new model
+folder), ``state`` (training state).
 """
 
 from moewright.checkpoint.read import ModelFolder

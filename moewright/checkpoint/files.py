@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict
@@ -16,6 +18,7 @@ from moewright.errors import ModelError, MoewrightError, ResourceError
 
 MAX_JSON_BYTES = 64 * 2**20
 CHUNK_BYTES = 2**24
+LARGE_BYTES = 2**20
 # Letters, digits and a few signs: a name can then hold neither a separator, nor "..", nor a NUL byte.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -31,19 +34,33 @@ class FileRecord(TypedDict):
 class HashedFile:
     """A new file, hashed while it is written and on the disk when the ``with`` block has ended.
 
-    Creation is exclusive (FileExistsError), so a link planted under the name is never followed.
+    Creation is exclusive (FileExistsError), so a link planted under the name is never followed. What is large is hashed
+    in a second thread while it is written, which takes about as long, and its way to the disk begins at once.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
         self._sha256 = hashlib.sha256()
         self._bytes = 0
+        self._hasher = ThreadPoolExecutor(1)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``; a memoryview must be of bytes (format "B")."""
-        self._file.write(data)
-        self._sha256.update(data)
+        """Append ``data``; a memoryview must be of bytes (format "B"). It is not needed any more afterwards."""
+        if len(data) < LARGE_BYTES:
+            self._file.write(data)
+            self._sha256.update(data)
+        else:
+            hashed = self._hasher.submit(self._sha256.update, data)
+            self._file.write(data)
+            self._send_to_disk()
+            hashed.result()
         self._bytes += len(data)
+
+    def _send_to_disk(self) -> None:
+        # Linux begins by itself only when a tenth of the memory waits to be written, or at the fsync. The advice sends
+        # there what is not on the disk yet, and takes what is out of the page cache, which a model could fill.
+        if sys.platform == "linux":
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def record(self) -> FileRecord:
@@ -56,7 +73,7 @@ class HashedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
+        with self._hasher, self._file:
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())

@@ -1,8 +1,10 @@
 """Reading Hugging Face model folders that we did not write, and do not trust."""
 
+import contextlib
 import functools
 import hashlib
 import math
+import threading
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -37,6 +39,8 @@ class ModelFolder:
     no code that a folder names is ever run. ``record`` is moewright.json, or None in a folder that we did not write.
     ``tensors`` lists the tensors in the order of their files and of their bytes.
 
+    Tensors that hold NaN or Inf are refused when they are read, unless ``allow_nonfinite``.
+
     ModelError if the folder is missing, empty, damaged, quantised, holds only pickled weights, or names a file
     outside itself. Files are opened anew for each read, so nothing needs to be closed.
     """
@@ -46,8 +50,11 @@ class ModelFolder:
     record: dict[str, Any] | None
     tensors: dict[str, TensorInfo]
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
         self.path = Path(path)
+        self._allow_nonfinite = allow_nonfinite
+        self._hashing: threading.Thread | None = None
+        self._fingerprint: str | None = None
         with reading(self.path):
             _require_content(self.path)
             self.config = _read_config(self.path)
@@ -73,15 +80,21 @@ class ModelFolder:
         if wrong:
             raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {some(wrong)}")
 
-    def read(self, name: str, *, allow_nonfinite: bool = False) -> Tensor:
-        """Read one tensor, in its stored dtype, into memory of its own; ModelError if it holds NaN or Inf."""
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, in its stored dtype, into memory of its own.
+
+        ModelError if it holds NaN or Inf, unless the folder was opened with ``allow_nonfinite``.
+        """
         with reading(self.path):
             tensor = read_tensor(self.tensors[name])
-        if not allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
+        if not self._allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
             # The extremes tell (NaN spreads to both) and, unlike isfinite, need no mask of the tensor's size.
             low, high = torch.aminmax(tensor)
             if not (math.isfinite(low) and math.isfinite(high)):
-                raise ModelError(f"{self.tensors[name].file}: tensor {name} holds NaN or Inf; use an undamaged model")
+                raise ModelError(
+                    f"{self.tensors[name].file}: tensor {name} holds NaN or Inf; use an undamaged model "
+                    "(upcycle --allow-nonfinite takes it as it is)"
+                )
         return tensor
 
     def dtype(self) -> torch.dtype:
@@ -104,8 +117,26 @@ class ModelFolder:
         """Number of elements in the files, a tensor that is tied and stored once counted once."""
         return sum(math.prod(info.shape) for info in self.tensors.values())
 
+    def start_fingerprint(self) -> None:
+        """Begin to compute ``fingerprint`` in a thread that does not keep the process alive."""
+
+        def work() -> None:
+            with contextlib.suppress(OSError):  # it will come again, and in the caller's thread
+                self._fingerprint = self._hash_files()
+
+        self._hashing = threading.Thread(target=work, daemon=True)
+        self._hashing.start()
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over config.json and the weight files; reads every byte, a chunk at a time."""
+        if self._hashing is not None:
+            self._hashing.join()
+        if self._fingerprint is None:
+            with reading(self.path):
+                self._fingerprint = self._hash_files()
+        return self._fingerprint
+
+    def _hash_files(self) -> str:
         files = {file.name: file for file in (self.path / CONFIG, *self._weight_files())}
         text = "".join(f"{record_of(files[name])['sha256']}  {name}\n" for name in sorted(files))
         return hashlib.sha256(text.encode()).hexdigest()

@@ -7,6 +7,8 @@ memory at once, and takes whatever a header claims to the operating system; henc
 
 import json
 import math
+import mmap
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from moewright.checkpoint.files import FileRecord, HashedFile
+from moewright.checkpoint.files import LARGE_BYTES, FileRecord, HashedFile
 from moewright.errors import ModelError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -132,13 +134,23 @@ def _damaged(path: Path, what: str) -> ModelError:
 
 def read_tensor(info: TensorInfo) -> Tensor:
     """Read one tensor into memory of its own; ModelError if the file has become shorter since its header was read."""
-    data = torch.empty(info.end - info.start, dtype=torch.uint8)
+    data = _memory(info.end - info.start)
     with info.file.open("rb") as file:
         file.seek(info.start)
         found = file.readinto(data.numpy().data)
     if found != len(data):
         raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
     return data.view(info.dtype).reshape(info.shape)
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes that go back to the system when they are dropped: malloc would keep blocks of many megabytes."""
+    if size < LARGE_BYTES:
+        return torch.empty(size, dtype=torch.uint8)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        block.madvise(mmap.MADV_HUGEPAGE)  # 2 MB a page fault, where the system has such pages
+    return torch.frombuffer(block, dtype=torch.uint8)
 
 
 def layout(tensors: Mapping[str, LazyTensor]) -> list[str]:

@@ -26,6 +26,7 @@ from moewright.checkpoint.files import (
 from moewright.checkpoint.lock import lock_folder
 from moewright.checkpoint.read import CONFIG, INDEX, RECORD, WEIGHTS, interrupted_name
 from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
+from moewright.checkpoint.vocabulary import token_count
 from moewright.errors import ModelError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -137,8 +138,16 @@ class FolderWriter:
     def copy_companions(self, source: Path) -> list[str]:
         """Copy tokenizer, generation and licence files (an allow-list) from a model folder; returns their names.
 
-        In ``tokenizer_config.json``, ``auto_map`` and private keys are left out. ModelError for a link that leads out.
+        In ``tokenizer_config.json``, ``auto_map`` and private keys are left out. ModelError for a link that leads out,
+        and for a tokenizer with more entries than the embedding has rows, by the config.json written before.
         """
+        rows = read_json(self.path / CONFIG).get("vocab_size") if CONFIG in self._records else None
+        tokens = token_count(source)
+        if isinstance(rows, int) and tokens > rows:
+            raise ModelError(
+                f"{source}: the tokenizer has {tokens} tokens, but the model's embedding has {rows} rows; "
+                "copy the tokenizer that belongs to the model there"
+            )
         names = [name for name in COMPANIONS if os.path.lexists(source / name)]
         for name in names:
             file = file_inside(source, name)

@@ -57,6 +57,7 @@ def upcycle_folder(
     verify_text: Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     track: Callable[[int], Callable[[int], None]] | None = None,
 ) -> UpcycleReport:
     """Write a dense folder as a mixture of experts, one tensor at a time.
@@ -69,7 +70,7 @@ def upcycle_folder(
     Raises `UsageError`, `ModelError`, `DataError` and `ResourceError`; then nothing is left behind.
     """
     source, target = Path(source), Path(target)
-    folder = ModelFolder(source)
+    folder = ModelFolder(source, allow_nonfinite=allow_nonfinite)
     writer = FolderWriter(target, overwrite=overwrite, sources=[source])
     vocabulary = int(folder.config.get("vocab_size", 0))
     texts = None if calibration_text is None else tokenise(source, [calibration_text], vocabulary=vocabulary)
@@ -84,6 +85,7 @@ def upcycle_folder(
         summary["free_bytes"] = shutil.disk_usage(disk).free
         return UpcycleReport(target, False, summary, _layers(plan), [])
     comparisons: list[Comparison] = []
+    folder.start_fingerprint()
     with writer:
         writer.write_json("config.json", plan.config_fields())
         advance = track(summary["bytes"]) if track else None
