@@ -141,7 +141,8 @@ class FolderWriter:
         In ``tokenizer_config.json``, ``auto_map`` and private keys are left out. ModelError for a link that leads out,
         and for a tokenizer with more entries than the embedding has rows, by the config.json written before.
         """
-        rows = read_json(self.path / CONFIG).get("vocab_size") if CONFIG in self._records else None
+        config = read_json(self.path / CONFIG) if CONFIG in self._records else {}
+        rows = (config.get("backbone") or config).get("vocab_size")
         tokens = token_count(source)
         if isinstance(rows, int) and tokens > rows:
             raise ModelError(

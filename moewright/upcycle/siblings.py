@@ -9,8 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moewright.backbone.family import backbone_config
-from moewright.backbone.layout import HEAD
+from moewright.backbone.family import backbone_config, family_of
 from moewright.checkpoint.files import file_inside, read_json
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, UsageError
@@ -119,11 +118,13 @@ def _tensor_difference(first: ModelFolder, other: ModelFolder) -> str | None:
 
 def _weights(folder: ModelFolder) -> dict[str, tuple[int, ...]]:
     """Shapes by name, without what a folder may hold or not: a tied output embedding, rotary frequencies."""
-    tied = backbone_config(folder.config).tie_word_embeddings
+    config = backbone_config(folder.config)
+    family = family_of(config)
+    head = family.on_disk(family.head)
     return {
         name: info.shape
         for name, info in folder.tensors.items()
-        if not (name == HEAD and tied) and not name.endswith("rotary_emb.inv_freq")
+        if not (name == head and config.tie_word_embeddings) and not name.endswith("rotary_emb.inv_freq")
     }
 
 
