@@ -103,6 +103,7 @@ def upcycle(args: argparse.Namespace) -> Facts:
             args.target,
             config,
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            format=args.format,
             calibration_text=args.calibration_text,
             verify_text=args.verify_text,
             dry_run=args.dry_run,
@@ -110,6 +111,19 @@ def upcycle(args: argparse.Namespace) -> Facts:
             allow_nonfinite=args.allow_nonfinite,
             track=track,
         )
+    return report.as_dict()
+
+
+def export(args: argparse.Namespace) -> Facts:
+    from moewright.export.folder import export_folder
+
+    report = export_folder(
+        args.source,
+        args.target,
+        to=args.to,
+        overwrite=args.overwrite,
+        accept_runtime_fault=args.accept_runtime_fault,
+    )
     return report.as_dict()
 
 
@@ -203,6 +217,19 @@ def _build_parser() -> _Parser:
         "docs/training.md lists every key. Any key can be overridden, for example: --train.steps 100 --out runs/second"
     )
 
+    verb = _add_verb(
+        verbs, "export", export, "write a sparse folder for a runtime, and prove that it computes the same"
+    )
+    verb.add_argument("source", metavar="SRC", type=Path, help="a sparse model folder")
+    verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
+    verb.add_argument("--to", metavar="TYPE", help="mixtral, qwen2_moe, ..., moewright (default: the first that fits)")
+    verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    verb.add_argument(
+        "--accept-runtime-fault",
+        action="store_true",
+        help="write OUT even where transformers itself mixes experts up, as it does in nllb-moe",
+    )
+
     evaluate = verbs.add_parser("evaluate", help="measure a model", allow_abbrev=False)
     measures = evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)
     verb = _add_verb(measures, "perplexity", evaluate_perplexity, "perplexity of text files, with its standard error")
@@ -237,6 +264,7 @@ def _add_upcycle(verbs: Any) -> None:
     )
     verb.add_argument("--layers", default="all", help="all, every:2, or a list such as 0,2,5 (default: all)")
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as in SRC)")
+    verb.add_argument("--format", metavar="TYPE", help="mixtral, ..., moewright (default: the first that fits)")
     verb.add_argument("--seed", metavar="S", type=int, default=0, help="of the router's weights (default 0)")
     verb.add_argument("--calibration-text", metavar="FILE", type=Path, help="text on which `calibrated` is measured")
     verb.add_argument("--verify-text", metavar="FILE", type=Path, help="compare SRC and OUT on this text")
