@@ -29,6 +29,7 @@ from moewright import __version__
 from moewright.errors import MoewrightError, ResourceError, UsageError
 from moewright.moe.config import ROUTER_ORDERS
 from moewright.upcycle.config import SCALES, UpcycleConfig
+from moewright.upcycle.grow_config import DEPTHS, WIDTHS, GrowConfig
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
@@ -127,6 +128,27 @@ def export(args: argparse.Namespace) -> Facts:
     return report.as_dict()
 
 
+def grow(args: argparse.Namespace) -> Facts:
+    import torch
+
+    from moewright.report.progress import progress_bar
+    from moewright.upcycle.grow import grow_folder
+
+    config = GrowConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(GrowConfig)})
+    with progress_bar("writing") as track:
+        report = grow_folder(
+            args.source,
+            args.target,
+            config,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            verify_text=args.verify_text,
+            dry_run=args.dry_run,
+            overwrite=args.overwrite,
+            track=track,
+        )
+    return report.as_dict()
+
+
 def train(args: argparse.Namespace) -> Facts:
     from rich.console import Console
 
@@ -208,6 +230,7 @@ def _build_parser() -> _Parser:
     verb = _add_verb(verbs, "inspect", inspect, "what a model folder holds: layers, experts, parameters, bytes")
     verb.add_argument("folder", metavar="DIR", type=Path, help="a model folder, dense or sparse")
     _add_upcycle(verbs)
+    _add_grow(verbs)
     verb = _add_verb(verbs, "train", train, "train what a run file describes; the same command again resumes")
     verb.usage = "moewright train RUN.toml [--section.key value ...] [--json] [--debug]"
     verb.add_argument("run", metavar="RUN.toml", type=Path, help="the run file")
@@ -271,6 +294,22 @@ def _add_upcycle(verbs: Any) -> None:
     verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     verb.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or Inf as they are")
+
+
+def _add_grow(verbs: Any) -> None:
+    verb = _add_verb(verbs, "grow", grow, "write a dense model folder as a larger dense model")
+    verb.add_argument("source", metavar="SRC", type=Path, help="a dense model folder")
+    verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
+    for size, what in (("hidden-size", "model width, with more heads"), ("intermediate-size", "feed-forward width")):
+        verb.add_argument(f"--{size}", metavar="N", type=int, help=f"{what} (default: as in SRC)")
+    verb.add_argument("--layers", metavar="L", type=int, help="number of layers (default: as in SRC)")
+    verb.add_argument("--width", choices=WIDTHS, default="fpi", help="copy neurons of the layer, or of the one above")
+    verb.add_argument("--depth", choices=DEPTHS, default="interpolate", help="where copied layers go")
+    verb.add_argument("--seed", metavar="S", type=int, help="draw the neurons to copy (default: in turn)")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as in SRC)")
+    verb.add_argument("--verify-text", metavar="FILE", type=Path, help="compare SRC and OUT on this text")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
 def _add_verb(

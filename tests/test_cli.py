@@ -17,6 +17,7 @@ import pytest
 from moewright import __version__, cli
 from moewright.errors import DataError, Preempted
 from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.grow_config import GrowConfig
 
 Library = Callable[..., types.ModuleType]
 
@@ -121,6 +122,32 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
             },
         ),
         (Path("a"), Path("b"), UpcycleConfig(experts=8, top_k=2), options),
+    ]
+
+
+def test_grow_hands_every_option_to_the_library(library: Library) -> None:
+    import torch
+
+    calls: list[tuple[Any, ...]] = []
+
+    def grow_folder(source: Path, target: Path, config: GrowConfig, **options: Any) -> Result:
+        assert callable(options.pop("track"))
+        calls.append((source, target, config, options))
+        return Result(steps=0, out=target)
+
+    library("upcycle.grow", grow_folder=grow_folder)
+    long = (
+        "--hidden-size 64 --intermediate-size 96 --layers 5 --width aki --depth stack --seed 3 --dtype float16"
+        " --verify-text v.txt --dry-run --overwrite"
+    )
+    assert cli.main(["grow", "a", "b", *long.split()]) == 0
+    assert cli.main(["grow", "a", "b", "--layers", "6"]) == 0
+    options = {"dtype": None, "verify_text": None, "dry_run": False, "overwrite": False}
+    config = GrowConfig(hidden_size=64, intermediate_size=96, layers=5, width="aki", depth="stack", seed=3)
+    chosen = {"dtype": torch.float16, "verify_text": Path("v.txt"), "dry_run": True, "overwrite": True}
+    assert calls == [
+        (Path("a"), Path("b"), config, chosen),
+        (Path("a"), Path("b"), GrowConfig(layers=6), options),
     ]
 
 
@@ -257,7 +284,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"moewright {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["", "inspect", "upcycle", "train", "evaluate", "evaluate perplexity", "demo"])
+@pytest.mark.parametrize("verb", ["", "inspect", "upcycle", "grow", "train", "evaluate", "evaluate perplexity", "demo"])
 def test_help_imports_nothing_heavy(verb: str) -> None:
     code = (
         "import sys\n"

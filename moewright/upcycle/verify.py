@@ -109,7 +109,7 @@ def compare_logits(
 
 
 def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
-    """Share of rows of the chosen experts, (T, K) each, that are not made of whole virtual groups."""
+    """Share of rows of the chosen experts, (T, K) each, that are not whole virtual groups; 0 without experts."""
     broken = rows = 0
     for experts_TK in experts:
         groups_TK = (experts_TK // granularity).sort(dim=-1).values
@@ -117,7 +117,7 @@ def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
         runs = groups_TK.unflatten(-1, (-1, granularity))
         broken += int((runs != runs[..., :1]).any(dim=-1).any(dim=-1).sum())
         rows += len(experts_TK)
-    return broken / rows
+    return broken / rows if rows else 0.0
 
 
 def _windows(texts: Sequence[Tensor], tokens: int, *, longest: int) -> list[Tensor]:
