@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from moewright.backbone.folder import form_of, load_model, write_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.folder import empty_model_of, form_of, load_model, write_model
+from moewright.backbone.formats import is_sparse
 from moewright.backbone.sizes import parameter_counts
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
@@ -61,12 +61,12 @@ def export_folder(
     exists), `UsageError` for an unknown format, `ResourceError` where it does not fit.
     """
     folder = ModelFolder(source)
+    if not is_sparse(folder.config):
+        raise ModelError(f"{source} is a dense {folder.config['model_type']} model; upcycle it first, or copy it")
+    form = form_of(empty_model_of(folder)[0], wanted=to)  # refused before anything is loaded
+    reference = Reference.of(load_model(source, dtype=torch.float32))
     model = load_model(source)
-    if not moe_layers(model):
-        raise ModelError(f"{source} is a dense {model.config.model_type} model; upcycle it first, or copy it")
-    form = form_of(model, wanted=to)
-    reference, rows = Reference.of(model), runtimes(form, model)
-    counts = parameter_counts(model)
+    counts, rows = parameter_counts(model), runtimes(form, model)
     record = {key: value for key, value in (folder.record or {}).items() if key in ("upcycle", "distil")}
     with FolderWriter(target, overwrite=overwrite, sources=[Path(source)]) as writer:
         write_model(writer, model, form, companions=Path(source))
