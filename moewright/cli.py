@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from moewright import __version__
 from moewright.errors import MoewrightError, ResourceError, UsageError
 from moewright.moe.config import ROUTER_ORDERS
+from moewright.train.distil_config import DistilConfig
 from moewright.upcycle.config import SCALES, UpcycleConfig
 from moewright.upcycle.grow_config import DEPTHS, WIDTHS, GrowConfig
 
@@ -162,6 +163,22 @@ def train(args: argparse.Namespace) -> Facts:
     return facts
 
 
+def distil(args: argparse.Namespace) -> Facts:
+    from moewright.report.progress import progress_bar
+    from moewright.train.distil import distil_folder
+
+    config = DistilConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DistilConfig)})
+    texts = {"text": args.text, "verify_text": args.verify_text}
+    with progress_bar("distilling") as track:
+        facts = distil_folder(
+            args.dense, args.sparse, args.target, config, overwrite=args.overwrite, track=track, **texts
+        )
+    if not args.json:
+        for row in facts["layers"]:
+            del row["top_ks"], row["errors"]  # moewright.json has them
+    return facts
+
+
 def evaluate_perplexity(args: argparse.Namespace) -> Facts:
     from moewright.evaluate.perplexity import evaluate_files
     from moewright.report.progress import progress_bar
@@ -240,19 +257,8 @@ def _build_parser() -> _Parser:
         "docs/training.md lists every key. Any key can be overridden, for example: --train.steps 100 --out runs/second"
     )
 
-    verb = _add_verb(
-        verbs, "export", export, "write a sparse folder for a runtime, and prove that it computes the same"
-    )
-    verb.add_argument("source", metavar="SRC", type=Path, help="a sparse model folder")
-    verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
-    verb.add_argument("--to", metavar="TYPE", help="mixtral, qwen2_moe, ..., moewright (default: the first that fits)")
-    verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    verb.add_argument(
-        "--accept-runtime-fault",
-        action="store_true",
-        help="write OUT even where transformers itself mixes experts up, as it does in nllb-moe",
-    )
-
+    _add_export(verbs)
+    _add_distil(verbs)
     evaluate = verbs.add_parser("evaluate", help="measure a model", allow_abbrev=False)
     measures = evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)
     verb = _add_verb(measures, "perplexity", evaluate_perplexity, "perplexity of text files, with its standard error")
@@ -296,6 +302,21 @@ def _add_upcycle(verbs: Any) -> None:
     verb.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or Inf as they are")
 
 
+def _add_export(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs, "export", export, "write a sparse folder for a runtime, and prove that it computes the same"
+    )
+    verb.add_argument("source", metavar="SRC", type=Path, help="a sparse model folder")
+    verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
+    verb.add_argument("--to", metavar="TYPE", help="mixtral, qwen2_moe, ..., moewright (default: the first that fits)")
+    verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    verb.add_argument(
+        "--accept-runtime-fault",
+        action="store_true",
+        help="write OUT even where transformers itself mixes experts up, as it does in nllb-moe",
+    )
+
+
 def _add_grow(verbs: Any) -> None:
     verb = _add_verb(verbs, "grow", grow, "write a dense model folder as a larger dense model")
     verb.add_argument("source", metavar="SRC", type=Path, help="a dense model folder")
@@ -309,6 +330,39 @@ def _add_grow(verbs: Any) -> None:
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as in SRC)")
     verb.add_argument("--verify-text", metavar="FILE", type=Path, help="compare SRC and OUT on this text")
     verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _add_distil(verbs: Any) -> None:
+    verb = _add_verb(verbs, "distil", distil, "train each MoE block alone to do what its dense block does")
+    verb.add_argument("dense", metavar="DENSE", type=Path, help="a dense model folder")
+    verb.add_argument("sparse", metavar="SPARSE", type=Path, help="what `upcycle` made of it")
+    verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
+    verb.add_argument("--text", metavar="FILE", nargs="+", required=True, help="what is learned from; patterns, too")
+    verb.add_argument(
+        "--verify-text", metavar="FILE", nargs="+", default=(), help="what is measured on (default: the text's end)"
+    )
+    verb.add_argument(
+        "--tolerance", metavar="X", type=float, required=True, help="error, of the output's variance, to choose T for"
+    )
+    for name, kind, what in (
+        ("tokens", int, "to learn from"),
+        ("held-out-tokens", int, "to measure on"),
+        ("top-k", int, "experts a token while training (default: as in SPARSE)"),
+        ("layers-at-once", int, "trained side by side; fewer take less memory and more time"),
+        ("batch-size", int, "sequences a step"),
+        ("sequence-length", int, "tokens of one"),
+        ("learning-rate", float, "its peak"),
+        ("router-learning-rate-ratio", float, "the routers' share of it"),
+        ("balance-loss", float, "its coefficient"),
+        ("z-loss", float, "its coefficient"),
+        ("seed", int, "of the order of the text"),
+    ):
+        default = getattr(DistilConfig, name.replace("-", "_"))
+        said = what if default is None else f"{what} (default {default})"
+        verb.add_argument(f"--{name}", metavar="N" if kind is int else "X", type=kind, default=default, help=said)
+    verb.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the products while training")
+    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 

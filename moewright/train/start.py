@@ -51,7 +51,7 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
     """
     if config.moe.kernel != "auto":
         kernel_named(config.moe.kernel)
-    device = device_of(config)
+    device = device_of(config.train.device)
     source = ModelFolder(config.model)
     _require_possible(config.data, source)
     sources = text_digests(config.data)
@@ -117,13 +117,13 @@ def recompute_blocks(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def device_of(config: RunConfig) -> torch.device:
-    """Where the run trains; UsageError when a GPU is asked for and there is none."""
-    if config.train.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device = cuda, but torch finds no GPU: use auto or cpu")
-    if config.train.device == "auto":
+def device_of(device: str, *, name: str = "train.device") -> torch.device:
+    """What `auto`, `cpu` or `cuda` stands for; UsageError when a GPU is asked for and there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"{name} = cuda, but torch finds no GPU: use auto or cpu")
+    if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.train.device)
+    return torch.device(device)
 
 
 def _read_rows(

@@ -1,0 +1,223 @@
+"""Layer-wise distillation: MoE blocks trained one by one to do what dense blocks do, then a top-k for each.
+
+The idea is LaDiMo's (arXiv 2408.04278), of which we know the abstract and accounts by others: what is here where those
+say nothing (the loss's normaliser, the optimiser, how a top-k is chosen) is ours. `docs/distillation.md` says which.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moewright.backbone.folder import folder_dtype, load_model, save_model
+from moewright.backbone.formats import is_sparse
+from moewright.backbone.graft import moe_layers
+from moewright.backbone.sizes import parameter_counts
+from moewright.backbone.skeleton import embedding_of, longest_text
+from moewright.checkpoint.files import require_space
+from moewright.checkpoint.read import ModelFolder
+from moewright.checkpoint.write import FolderWriter
+from moewright.data.documents import digest, expand, read_documents
+from moewright.data.pack import PackedRows, pack
+from moewright.data.tokenizer import load_tokenizer
+from moewright.errors import DataError, ModelError, UsageError
+from moewright.train.distil_config import DistilConfig
+from moewright.train.layerwise import Rows, distil_layers
+from moewright.train.start import device_of
+from moewright.upcycle.siblings import HARMLESS
+from moewright.upcycle.verify import Reference
+
+Track = Callable[[int], Callable[[int], None]]
+
+
+def distil_folder(
+    dense: str | Path,
+    sparse: str | Path,
+    target: str | Path,
+    config: DistilConfig,
+    *,
+    text: Sequence[str],
+    verify_text: Sequence[str] = (),
+    overwrite: bool = False,
+    track: Track | None = None,
+) -> dict[str, Any]:
+    """Distil `dense` into `sparse`, which was upcycled from it, and write the result; atomic.
+
+    `text` names what is learned from, `verify_text` what errors are measured on, both as paths or patterns; without
+    the latter it is the end of the former, once its documents stand in a seeded order. `track(total)` is called once
+    with the tokens that the dense model will read, and returns what is called with each advance.
+
+    Returns what `moewright.json` says under `distil`, and the `target`. Both models are held in memory in float32, and
+    for each layer that is trained its gradient and two moments. The same call gives the same bytes on one machine with
+    one number of threads. A call that is interrupted leaves nothing, and starts anew: nothing is resumed.
+
+    Raises `UsageError`, `ModelError`, `DataError`, `ResourceError`, and `CheckpointError` where training diverges; then
+    nothing is written.
+    """
+    dense, sparse, target = Path(dense), Path(sparse), Path(target)
+    device = device_of(config.device, name="device")
+    folders = ModelFolder(dense), ModelFolder(sparse)
+    with FolderWriter(target, overwrite=overwrite, sources=[dense, sparse]) as writer:
+        # What would be refused after hours of training is refused now.
+        require_space(writer.path, sum(info.end - info.start for info in folders[1].tensors.values()))
+    teacher, student = _load_pair(*folders)
+    if config.sequence_length > longest_text(teacher):
+        raise UsageError(f"sequence_length={config.sequence_length}: the model has {longest_text(teacher)} positions")
+    record: dict[str, Any] = {"settings": asdict(config), "steps": config.steps}
+    with tempfile.TemporaryDirectory() as cache:
+        learned, held_out = _read_rows(dense, teacher, config, text=text, verify_text=verify_text, cache=Path(cache))
+        record["text"] = _text_facts(learned, held_out, config, given=bool(verify_text))
+        record["sha256"] = _digests(*folders, text=text, verify_text=verify_text)
+        before, dtype = parameter_counts(student), folder_dtype(folders[1])
+        on_tokens = None if track is None else track(_tokens_to_read(student, config, held_out))
+        nn.Module.to(teacher, device)
+        record["layers"] = distil_layers(teacher, student, learned, held_out, config, dtype=dtype, on_tokens=on_tokens)
+        nn.Module.to(teacher, "cpu")
+        record["comparison"] = _compare(teacher, student, held_out)
+    record["parameters"] = _parameters(teacher, student, active_before=before.active)
+    record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    nn.Module.to(student, dtype)  # exact: each value was rounded to it before it was measured
+    kept = {name: value for name, value in (folders[1].record or {}).items() if name == "upcycle"}
+    save_model(student, target, companions=sparse, overwrite=overwrite, record=kept | {"distil": record})
+    return {"target": target} | record
+
+
+def _load_pair(dense: ModelFolder, sparse: ModelFolder) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Both models in float32, the dense one frozen; `ModelError` unless they are one model but for the MoE blocks."""
+    for folder, wanted in ((dense, False), (sparse, True)):
+        if is_sparse(folder.config) != wanted:
+            found = "a dense model" if wanted else "a mixture of experts"
+            raise ModelError(
+                f"{folder.path} is {found} ({folder.config['model_type']}); give the dense model first, then the "
+                "folder that was upcycled from it"
+            )
+    teacher = load_model(dense.path, dtype=torch.float32).requires_grad_(False)
+    if teacher.config.is_encoder_decoder:
+        raise ModelError(
+            f"{dense.path}: distillation of an encoder-decoder ({teacher.config.model_type}) is not supported: its "
+            "blocks are to see what they see in use, pairs of source and target, and only plain text is read here"
+        )
+    student = load_model(sparse.path, dtype=torch.float32)
+    if what := _difference(teacher, student, dtype=folder_dtype(sparse)):
+        raise ModelError(
+            f"{sparse.path} was not upcycled from {dense.path}, or was trained since: {what}; upcycle {dense.path} anew"
+        )
+    return teacher, student
+
+
+def _difference(dense: PreTrainedModel, sparse: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
+    """The first thing in which the models differ outside the MoE blocks, the dense one's weights rounded to `dtype`.
+
+    It is what their hidden states depend on: where it differs, the blocks would learn from inputs that they never see.
+    """
+    a, b = ({k: v for k, v in model.config.to_dict().items() if k not in HARMLESS} for model in (dense, sparse))
+    for key in sorted(a.keys() | b.keys()):
+        if a.get(key) != b.get(key):
+            return f"{key} is {b.get(key)!r}, not {a.get(key)!r}"
+    inside = {id(parameter) for moe in moe_layers(sparse).values() for parameter in moe.parameters()}
+    for name, parameter in sparse.named_parameters():
+        if id(parameter) in inside:
+            continue
+        wanted = dense.get_parameter(name)
+        if wanted.shape != parameter.shape:
+            return f"{name} is {list(parameter.shape)}, not {list(wanted.shape)}"
+        if not torch.equal(wanted.to(dtype), parameter.to(dtype)):
+            return f"{name} has other values"
+    return None
+
+
+def _read_rows(
+    folder: Path,
+    dense: PreTrainedModel,
+    config: DistilConfig,
+    *,
+    text: Sequence[str],
+    verify_text: Sequence[str],
+    cache: Path,
+) -> tuple[Rows, Rows]:
+    """The rows to learn from, and those that are held out."""
+    if verify_text and (twice := {p.resolve() for p in expand(text)} & {p.resolve() for p in expand(verify_text)}):
+        raise UsageError(f"{min(twice)} is to be learned from and to be measured on: hold out another text")
+    tokenizer = load_tokenizer(folder, vocabulary=embedding_of(dense).shape[0])
+
+    def packed(files: Sequence[str]) -> PackedRows:
+        documents = read_documents(files, cache_dir=cache)
+        return pack(documents, tokenizer, sequence_length=config.sequence_length, seed=config.seed, cache_dir=cache)
+
+    rows, wanted = packed(text), -(-config.held_out_tokens // config.sequence_length)
+    if verify_text:
+        other = packed(verify_text)
+        learned, held_out = Rows(rows, range(len(rows))), Rows(other, range(min(wanted, len(other))))
+    else:
+        last = max(0, len(rows) - wanted)
+        learned, held_out = Rows(rows, range(last)), Rows(rows, range(last, len(rows)))
+    if len(learned.numbers) < config.batch_size:
+        needed = (config.batch_size + (0 if verify_text else wanted)) * config.sequence_length
+        raise DataError(
+            f"the text has {len(rows.tokens)} tokens, where a batch{'' if verify_text else ' and what is held out'} "
+            f"take {needed}: give more text, or a smaller batch_size, sequence_length or held_out_tokens"
+        )
+    return learned, held_out
+
+
+def _text_facts(learned: Rows, held_out: Rows, config: DistilConfig, *, given: bool) -> dict[str, Any]:
+    tokens = _real_tokens(learned)
+    return {
+        "tokens": tokens,
+        "read": config.steps * config.batch_size / len(learned.numbers),
+        "held_out": "verify_text" if given else "the end of text",
+        "held_out_tokens": _real_tokens(held_out),
+    }
+
+
+def _real_tokens(rows: Rows) -> int:
+    S = rows.packed.sequence_length
+    return min(rows.numbers.stop * S, len(rows.packed.tokens)) - rows.numbers.start * S
+
+
+def _tokens_to_read(sparse: PreTrainedModel, config: DistilConfig, held_out: Rows) -> int:
+    passes = -(-len(moe_layers(sparse)) // config.layers_at_once)
+    measured = 2 * len(held_out.numbers) * config.sequence_length
+    return passes * (config.steps * config.batch_tokens + measured)
+
+
+def _digests(
+    dense: ModelFolder, sparse: ModelFolder, *, text: Sequence[str], verify_text: Sequence[str]
+) -> dict[str, str]:
+    """SHA-256 of all that the result depends on, by what it is."""
+    found = {"dense": dense.fingerprint(), "sparse": sparse.fingerprint(), "text": digest(text)}
+    return found | ({"verify_text": digest(verify_text)} if verify_text else {})
+
+
+def _parameters(dense: PreTrainedModel, sparse: PreTrainedModel, *, active_before: int) -> dict[str, int]:
+    counts = parameter_counts(sparse)
+    return {
+        "dense": parameter_counts(dense).total,
+        "total": counts.total,
+        "active_before": active_before,
+        "active": counts.active,
+        "active_saved": active_before - counts.active,
+    }
+
+
+def _compare(dense: PreTrainedModel, sparse: PreTrainedModel, held_out: Rows) -> dict[str, Any]:
+    """Logits and perplexity of both on the first held-out tokens."""
+    found = Reference.of(dense, list(_documents(held_out))).compare(sparse, granularity=1).as_dict()
+    del found["broken_groups"]  # there are none to keep together any more
+    return found
+
+
+def _documents(rows: Rows) -> Iterator[Tensor]:
+    """The documents, or parts of them, that stand in the rows: token ids, int64 (N,)."""
+    for number in rows.numbers:
+        batch = rows.packed.batch([number])
+        ids, starts = batch.input_ids[0], (batch.position_ids[0] == 0).nonzero().flatten()
+        for part, real in zip(ids.tensor_split(starts[1:]), batch.token_mask[0].tensor_split(starts[1:]), strict=True):
+            if bool(real.all()):
+                yield part
