@@ -5,6 +5,7 @@ the tensors' bytes without gaps. The ``safetensors`` library reads it, but write
 memory at once, and takes whatever a header claims to the operating system; hence these few functions of our own.
 """
 
+import contextlib
 import json
 import math
 import mmap
@@ -147,9 +148,13 @@ def _memory(size: int) -> Tensor:
     """Bytes that go back to the system when they are dropped: malloc would keep blocks of many megabytes."""
     if size < LARGE_BYTES:
         return torch.empty(size, dtype=torch.uint8)
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"a tensor of {size} bytes does not fit") from error
     if sys.platform == "linux":
-        block.madvise(mmap.MADV_HUGEPAGE)  # 2 MB a page fault, where the system has such pages
+        with contextlib.suppress(OSError):  # a kernel without pages of 2 MB, which make for fewer page faults
+            block.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(block, dtype=torch.uint8)
 
 
