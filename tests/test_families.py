@@ -316,7 +316,10 @@ def test_what_encoder_decoders_cannot_do_yet_is_said(tmp_path):
     with pytest.raises(UsageError, match="no perplexity of a text alone"):
         evaluate_files(folder, [text])
     run = tmp_path / "run.toml"
-    run.write_text(f'model = "{folder}"\nout = "{tmp_path}/out"\n[data]\nfiles = ["{text}"]\nsequence_length = 16\n')
+    run.write_text(
+        f'model = "{folder}"\nout = "{tmp_path}/out"\n[data]\nfiles = ["{text}"]\nsequence_length = 16\n'
+        "[train]\nsteps = 1\nbatch_size = 1\nlearning_rate = 1e-4\n"
+    )
     with pytest.raises(UsageError, match=r"training an encoder-decoder \(t5\)"):
         start(load_run(run, []), cache_dir=tmp_path)
 
