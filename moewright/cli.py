@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import traceback
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,9 @@ from typing import Any, NoReturn
 
 from moewright import __version__
 from moewright.errors import MoewrightError, ResourceError, UsageError
-from moewright.moe.config import ROUTER_ORDERS
 from moewright.train.distil_config import DistilConfig
-from moewright.upcycle.config import SCALES, UpcycleConfig
+from moewright.train.tree import required, sentences
+from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.grow_config import DEPTHS, WIDTHS, GrowConfig
 
 INTERNAL_ERROR = 70
@@ -90,15 +91,8 @@ def upcycle(args: argparse.Namespace) -> Facts:
     from moewright.report.progress import progress_bar
     from moewright.upcycle.apply import upcycle_folder
 
-    config = UpcycleConfig(
-        experts=args.experts,
-        top_k=args.top_k,
-        granularity=args.granularity,
-        router_order=args.router_order,
-        scale=args.scale,
-        layers=args.layers,
-        seed=args.seed,
-    )
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(UpcycleConfig)}
+    config = UpcycleConfig(**settings | {"siblings": tuple(args.siblings)})
     with progress_bar("writing") as track:
         report = upcycle_folder(
             args.source,
@@ -106,7 +100,6 @@ def upcycle(args: argparse.Namespace) -> Facts:
             config,
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
             format=args.format,
-            calibration_text=args.calibration_text,
             verify_text=args.verify_text,
             dry_run=args.dry_run,
             overwrite=args.overwrite,
@@ -276,30 +269,36 @@ def _add_upcycle(verbs: Any) -> None:
     verb = _add_verb(verbs, "upcycle", upcycle, "write a dense model folder as a mixture of experts")
     verb.add_argument("source", metavar="SRC", type=Path, help="a dense model folder")
     verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
-    verb.add_argument("--experts", metavar="N", type=int, required=True, help="routed experts in each layer")
-    verb.add_argument("--top-k", metavar="T", type=int, required=True, help="experts each token is sent to")
-    verb.add_argument(
-        "--granularity", metavar="G", type=int, default=1, help="cut each feed-forward block into G experts (default 1)"
-    )
-    verb.add_argument(
-        "--router-order",
-        choices=ROUTER_ORDERS,
-        help="softmax before or after the choice (default: topk-softmax, and softmax-topk when T is 1)",
-    )
-    verb.add_argument(
-        "--scale",
-        choices=SCALES,
-        help="how expert weights are scaled (default: exact with topk-softmax, calibrated with softmax-topk)",
-    )
-    verb.add_argument("--layers", default="all", help="all, every:2, or a list such as 0,2,5 (default: all)")
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as in SRC)")
     verb.add_argument("--format", metavar="TYPE", help="mixtral, ..., moewright (default: the first that fits)")
-    verb.add_argument("--seed", metavar="S", type=int, default=0, help="of the router's weights (default 0)")
-    verb.add_argument("--calibration-text", metavar="FILE", type=Path, help="text on which `calibrated` is measured")
     verb.add_argument("--verify-text", metavar="FILE", type=Path, help="compare SRC and OUT on this text")
     verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     verb.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or Inf as they are")
+    _add_fields(verb, UpcycleConfig)
+
+
+def _add_fields(verb: _Parser, kind: type[Any]) -> None:
+    """An option for each field of a dataclass, explained by the sentence under it."""
+    group = verb.add_argument_group("settings (a run file's [upcycle] has them, too)")
+    hints, texts = typing.get_type_hints(kind), sentences(kind)
+    for field in dataclasses.fields(kind):
+        hint, option = required(hints[field.name]), "--" + field.name.replace("_", "-")
+        how: dict[str, Any] = {
+            "help": texts[field.name].replace("%", "%%"),
+            "required": field.default is dataclasses.MISSING,
+        }
+        if not how["required"]:
+            how["default"] = field.default
+        if hint is bool:
+            how["action"] = "store_true"
+        elif typing.get_origin(hint) is typing.Literal:
+            how["choices"] = typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            how |= {"nargs": "+", "metavar": "DIR"}
+        else:
+            how |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+        group.add_argument(option, **how)
 
 
 def _add_export(verbs: Any) -> None:

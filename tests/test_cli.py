@@ -91,30 +91,45 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
 
     library("upcycle.apply", upcycle_folder=upcycle_folder)
     long = (
-        "--experts 16 --top-k 4 --granularity 4 --router-order softmax-topk --scale calibrated --layers every:2"
+        "--experts 24 --top-k 4 --granularity 4 --router-order softmax-topk --scale calibrated --layers every:2"
         " --dtype bfloat16 --seed 7 --calibration-text c.txt --verify-text v.txt --dry-run --overwrite"
-        " --allow-nonfinite"
+        " --allow-nonfinite --neurons clustered --permute --noise 0.1 --redraw 0.5 --redraw-sets separate"
+        " --router-start prompts --router-logit-std 0.2 --prompts p.json --shared-size 8 --shared-mode gated"
+        " --shared-neurons important --siblings c d --router-std 0.5"
     )
     assert cli.main(["upcycle", "a", "b", *long.split()]) == 0
     assert cli.main(["upcycle", "--experts", "8", "a", "b", "--top-k", "2"]) == 0
-    options = {"dtype": None, "calibration_text": None, "verify_text": None}
+    options = {"dtype": None, "verify_text": None}
     options |= dict.fromkeys(("dry_run", "overwrite", "allow_nonfinite"), False)
     assert calls == [
         (
             Path("a"),
             Path("b"),
             UpcycleConfig(
-                experts=16,
+                experts=24,
                 top_k=4,
                 granularity=4,
                 router_order="softmax-topk",
                 scale="calibrated",
                 layers="every:2",
                 seed=7,
+                calibration_text="c.txt",
+                neurons="clustered",
+                permute=True,
+                noise=0.1,
+                redraw=0.5,
+                redraw_sets="separate",
+                router_start="prompts",
+                router_std=0.5,
+                router_logit_std=0.2,
+                prompts="p.json",
+                shared_size=8,
+                shared_mode="gated",
+                shared_neurons="important",
+                siblings=("c", "d"),
             ),
             {
                 "dtype": torch.bfloat16,
-                "calibration_text": Path("c.txt"),
                 "verify_text": Path("v.txt"),
                 "dry_run": True,
                 "overwrite": True,

@@ -52,7 +52,7 @@ class ModelFolder:
 
     def __init__(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
         self.path = Path(path)
-        self._allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite = allow_nonfinite
         self._hashing: threading.Thread | None = None
         self._fingerprint: str | None = None
         with reading(self.path):
@@ -87,7 +87,7 @@ class ModelFolder:
         """
         with reading(self.path):
             tensor = read_tensor(self.tensors[name])
-        if not self._allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
+        if not self.allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
             # The extremes tell (NaN spreads to both) and, unlike isfinite, need no mask of the tensor's size.
             with one_thread():
                 low, high = torch.aminmax(tensor)
