@@ -3,8 +3,9 @@
 // Letters: T tokens, N assignments sorted by expert, D model width, E experts, F expert width, H width of the first
 // product (2F when gated, the gate half first; else F), n rows of one expert. See native.py, which compiles this.
 //
-// Three dtypes: that of the tensors; `compute`, that of the matrix products, which the caller passes x and the
-// gradient of y in; and `wide`, float or double, for what is done element by element and for sums over experts.
+// Four dtypes: that of the tensors; `compute`, that of the matrix products, which the caller passes x and the gradient
+// of y in; `stored`, or S, what the loops over elements read and write, which is `compute` but for float16, whose
+// conversions GCC 12 does not vectorise; and `wide`, float or double, what these loops and sums over experts compute in.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -15,149 +16,19 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "native_elementwise.h"
+
 namespace {
 
 using at::Tensor;
 using Optional = std::optional<Tensor>;
-
-// ---- activations: value and derivative at x ----
-
-#define ACTIVATION(name, ...)                                     \
-  struct name {                                                   \
-    template <class T>                                            \
-    static inline void at(T x, T& value, T& slope) { __VA_ARGS__ } \
-  };
-
-inline double exponential(double x) { return std::exp(x); }
-
-// The C library's is not vectorised unless the whole file is compiled with -ffast-math. x = n ln 2 + r with |r| at
-// most ln(2) / 2, and 2^n comes from the bits of the exponent; Taylor's series of degree 7 is exact to 1e-8 there.
-inline float exponential(float x) {
-  // Far enough for all that is done with it here, and no result, nor its inverse, is a slow denormal number.
-  x = x < -60.0f ? -60.0f : x > 60.0f ? 60.0f : x;
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to a whole number
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float p =
-      1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
-  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-}
-
-template <class T> inline T logistic(T x) { return T(1) / (T(1) + exponential(-x)); }
-
-ACTIVATION(Silu, T s = logistic(x); value = x * s; slope = s * (T(1) + x * (T(1) - s));)
-ACTIVATION(QuickGelu, T s = logistic(T(1.702) * x); value = x * s; slope = s * (T(1) + T(1.702) * x * (T(1) - s));)
-ACTIVATION(Sigmoid, value = logistic(x); slope = value * (T(1) - value);)
-ACTIVATION(Tanh, value = std::tanh(x); slope = T(1) - value * value;)
-ACTIVATION(Linear, value = x; slope = T(1);)
-ACTIVATION(Relu, slope = x > T(0) ? T(1) : T(0); value = x * slope;)
-ACTIVATION(LeakyRelu, slope = x > T(0) ? T(1) : T(0.01); value = x * slope;)
-ACTIVATION(SquaredRelu, T r = x < T(0) ? T(0) : x; value = r * r; slope = T(2) * r;)
-ACTIVATION(Relu6, slope = x > T(0) && x < T(6) ? T(1) : T(0); value = x < T(0) ? T(0) : x > T(6) ? T(6) : x;)
-ACTIVATION(Gelu, T c = T(0.5) * (T(1) + std::erf(x * T(M_SQRT1_2))); value = x * c;
-           slope = c + x * T(0.5 * M_SQRT1_2 * M_2_SQRTPI) * exponential(T(-0.5) * x * x);)
-ACTIVATION(ClippedGelu, Gelu::at(x, value, slope); slope = value > T(10) ? T(0) : slope;
-           value = value > T(10) ? T(10) : value;)
-ACTIVATION(TanhGelu, T k = T(M_SQRT1_2 * M_2_SQRTPI); T s = logistic(T(2) * k * (x + T(0.044715) * x * x * x));
-           value = x * s;  // (1 + tanh(u)) / 2 = logistic(2 u)
-           slope = s + x * T(2) * s * (T(1) - s) * k * (T(1) + T(3 * 0.044715) * x * x);)
-ACTIVATION(Mish, T e = std::exp(-std::abs(x)); T p = std::log1p(e) + (x > T(0) ? x : T(0)); T t = std::tanh(p);
-           value = x * t; slope = t + x * (T(1) - t * t) * logistic(x);)
-ACTIVATION(Hardswish, T r = x + T(3); r = r < T(0) ? T(0) : r > T(6) ? T(6) : r; value = x * r / T(6);
-           slope = x <= T(-3) ? T(0) : x >= T(3) ? T(1) : x / T(3) + T(0.5);)
-ACTIVATION(Laplace, T z = (x - T(0.707107)) / T(0.282095 * M_SQRT2); value = T(0.5) * (T(1) + std::erf(z));
-           slope = exponential(-z * z) * T(0.5 * M_2_SQRTPI / (0.282095 * M_SQRT2));)
-
-// In parallel where all threads work on one expert; a thread with experts of its own does its rows itself.
-template <class Row>
-void for_rows(int64_t n, const Row& row) {
-  at::parallel_for(0, n, 64, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) row(i);
-  });
-}
-
-// ---- element by element, rows of an expert; `gate` and `up` are the halves of a row of H ----
-
-template <class T>
-using Forward = void (*)(const T* h_nH, const T* weight_n, T* a_nF, int64_t n, int64_t F);
-template <class T>
-using Backward = void (*)(const T* h_nH, const T* weight_n, const T* d_a_nF, T* a_nF, T* d_h_nH, T* d_weight_n,
-                          int64_t n, int64_t F);
-
-template <class T, class A, bool GATED>
-void forward_rows(const T* h_nH, const T* weight_n, T* a_nF, int64_t n, int64_t F) {
-  for_rows(n, [&](int64_t i) {
-    const T *__restrict gate = h_nH + i * F * (GATED ? 2 : 1), *__restrict up = gate + F;
-    const T weight = weight_n[i];
-    T* __restrict a = a_nF + i * F;
-#pragma omp simd
-    for (int64_t f = 0; f < F; f++) {
-      T value, slope;
-      A::template at<T>(gate[f], value, slope);
-      a[f] = value * weight * (GATED ? up[f] : T(1));
-    }
-  });
-}
-
-// Reads the gradient of what went into the second product, before its combine weight; leaves that input, weighted.
-template <class T, class A, bool GATED>
-void backward_rows(const T* h_nH, const T* weight_n, const T* d_a_nF, T* a_nF, T* d_h_nH, T* d_weight_n, int64_t n,
-                   int64_t F) {
-  for_rows(n, [&](int64_t i) {
-    const int64_t row = i * F * (GATED ? 2 : 1);
-    const T *gate = h_nH + row, *up = gate + F, *d_a = d_a_nF + i * F;
-    T weight = weight_n[i], *a = a_nF + i * F, *d_gate = d_h_nH + row, *d_up = d_gate + F, sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t f = 0; f < F; f++) {
-      T value, slope, times = GATED ? up[f] : T(1), gradient = d_a[f] * weight;
-      A::template at<T>(gate[f], value, slope);
-      sum += d_a[f] * value * times;
-      a[f] = value * times * weight;
-      d_gate[f] = gradient * times * slope;
-      if constexpr (GATED) d_up[f] = gradient * value;
-    }
-    d_weight_n[i] = sum;
-  });
-}
-
-template <class T>
-struct Elementwise {
-  Forward<T> forward;
-  Backward<T> backward;
-};
-
-template <class T, class A>
-Elementwise<T> of(bool gated) {
-  if (gated) return {forward_rows<T, A, true>, backward_rows<T, A, true>};
-  return {forward_rows<T, A, false>, backward_rows<T, A, false>};
-}
-
-template <class T>
-Elementwise<T> elementwise(const std::string& name, bool gated) {
-  if (name == "silu" || name == "swish") return of<T, Silu>(gated);
-  if (name == "gelu" || name == "gelu_python") return of<T, Gelu>(gated);
-  if (name == "gelu_10") return of<T, ClippedGelu>(gated);
-  if (name == "quick_gelu") return of<T, QuickGelu>(gated);
-  if (name.starts_with("gelu_")) return of<T, TanhGelu>(gated);
-  if (name == "relu") return of<T, Relu>(gated);
-  if (name == "relu2") return of<T, SquaredRelu>(gated);
-  if (name == "relu6") return of<T, Relu6>(gated);
-  if (name == "leaky_relu") return of<T, LeakyRelu>(gated);
-  if (name == "linear") return of<T, Linear>(gated);
-  if (name == "sigmoid") return of<T, Sigmoid>(gated);
-  if (name == "tanh") return of<T, Tanh>(gated);
-  if (name == "mish") return of<T, Mish>(gated);
-  if (name == "hardswish") return of<T, Hardswish>(gated);
-  TORCH_CHECK(name == "laplace", "no activation ", name);
-  return of<T, Laplace>(gated);
-}
 
 // ---- which thread takes which rows ----
 
@@ -250,16 +121,16 @@ Tensor rows(const Tensor& source_TD, const int64_t* token_n, int64_t n, size_t n
 }
 
 // A token occurs once among the rows of an expert.
-template <class T>
+template <class S>
 void add_rows(Tensor& sum_TD, const int64_t* token_n, const Tensor& rows_nD) {
   const int64_t n = rows_nD.size(0), D = rows_nD.size(1);
-  T* sum = sum_TD.mutable_data_ptr<T>();
-  const T* row = rows_nD.const_data_ptr<T>();
+  Wide<S>* sum = sum_TD.mutable_data_ptr<Wide<S>>();
+  const S* row = rows_nD.const_data_ptr<S>();
   for_rows(n, [&](int64_t i) {
-    T* to = sum + token_n[i] * D;
-    const T* from = row + i * D;
+    Wide<S>* to = sum + token_n[i] * D;
+    const S* from = row + i * D;
 #pragma omp simd
-    for (int64_t d = 0; d < D; d++) to[d] += from[d];
+    for (int64_t d = 0; d < D; d++) to[d] += Wide<S>(from[d]);
   });
 }
 
@@ -286,10 +157,12 @@ constexpr int64_t ROWS = 1024;
 // In one block where a gradient could not be added up without rounding.
 int64_t rows_at_once(at::ScalarType compute) { return at::elementSize(compute) >= 4 ? ROWS : INT64_MAX / 2; }
 
-template <class T>
+template <class S>
 Tensor forward_as(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N, const Tensor& ends_E,
-                  const Experts& experts, const Elementwise<T>& rowwise, const Optional& hidden_NH) {
-  const auto wide = c10::CppTypeToScalarType<T>::value, compute = x_TD.scalar_type();
+                  const Experts& experts, const Elementwise<S>& rowwise, const Optional& hidden_NH) {
+  using T = Wide<S>;
+  const auto stored = c10::CppTypeToScalarType<S>::value, wide = c10::CppTypeToScalarType<T>::value;
+  const auto compute = x_TD.scalar_type();
   const int64_t *token = token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
   const int64_t H = experts.first_EHD.size(1);
   const T* weight = weight_N.const_data_ptr<T>();
@@ -303,21 +176,23 @@ Tensor forward_as(const Tensor& x_TD, const Tensor& weight_N, const Tensor& toke
     if (experts.first_bias_EH) h_nH.add_((*experts.first_bias_EH)[e]);
     if (hidden_NH && !direct) kept_nH.copy_(h_nH);
 
-    Tensor wide_nH = cast(h_nH, wide, 3), a_nF = scratch(4, n, F, wide);
-    rowwise.forward(wide_nH.const_data_ptr<T>(), weight + block.start, a_nF.mutable_data_ptr<T>(), n, F);
+    Tensor stored_nH = cast(h_nH, stored, 3), a_nF = scratch(4, n, F, stored);
+    rowwise.forward(stored_nH.const_data_ptr<S>(), weight + block.start, a_nF.mutable_data_ptr<S>(), n, F);
     at::mm_out(x_nD, cast(a_nF, compute, 5), cast(experts.down_EDF[e], compute, 6).t());
     if (experts.down_bias_ED)
       x_nD.addcmul_(weight_N.narrow(0, block.start, n).unsqueeze(1), (*experts.down_bias_ED)[e]);
-    add_rows<T>(sum_TD, token + block.start, cast(x_nD, wide, 7));
+    add_rows<S>(sum_TD, token + block.start, cast(x_nD, stored, 7));
   });
 }
 
-template <class T>
+template <class S>
 Tensor backward_as(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_TD, const Tensor& weight_N,
-                   const Tensor& token_N, const Tensor& ends_E, const Experts& experts, const Elementwise<T>& rowwise,
+                   const Tensor& token_N, const Tensor& ends_E, const Experts& experts, const Elementwise<S>& rowwise,
                    Tensor& d_weight_N, const Optional& d_first_EHD, const Optional& d_down_EDF,
                    const Optional& d_first_bias_EH, const Optional& d_down_bias_ED) {
-  const auto wide = c10::CppTypeToScalarType<T>::value, compute = x_TD.scalar_type();
+  using T = Wide<S>;
+  const auto stored = c10::CppTypeToScalarType<S>::value, wide = c10::CppTypeToScalarType<T>::value;
+  const auto compute = x_TD.scalar_type();
   const int64_t *token = token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
   const T* weight = weight_N.const_data_ptr<T>();
   const Plan plan = plan_of(ends_E, rows_at_once(compute));
@@ -328,14 +203,15 @@ Tensor backward_as(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& 
   return sum_over_threads(plan, x_TD, wide, [&](const Block& block, Tensor& sum_TD) {
     const int64_t n = block.end - block.start, e = block.expert;
     Tensor x_nD = rows(x_TD, token + block.start, n, 0), g_nD = rows(d_y_TD, token + block.start, n, 1);
-    Tensor h_nH = cast(hidden_NH.narrow(0, block.start, n), wide, 2);
+    Tensor h_nH = cast(hidden_NH.narrow(0, block.start, n), stored, 2);
     // Without its combine weight, the gradient of the second product's input times that input is the gradient of
     // the combine weight: the expert's output need not be kept.
     Tensor d_a_nF = scratch(3, n, F, compute);
     at::mm_out(d_a_nF, g_nD, cast(experts.down_EDF[e], compute, 4));
-    Tensor wide_d_a_nF = cast(d_a_nF, wide, 5), a_nF = scratch(6, n, F, wide), d_h_nH = scratch(7, n, h_nH.size(1), wide);
-    rowwise.backward(h_nH.const_data_ptr<T>(), weight + block.start, wide_d_a_nF.const_data_ptr<T>(),
-                     a_nF.mutable_data_ptr<T>(), d_h_nH.mutable_data_ptr<T>(),
+    d_a_nF = cast(d_a_nF, stored, 5);
+    Tensor a_nF = scratch(6, n, F, stored), d_h_nH = scratch(7, n, h_nH.size(1), stored);
+    rowwise.backward(h_nH.const_data_ptr<S>(), weight + block.start, d_a_nF.const_data_ptr<S>(),
+                     a_nF.mutable_data_ptr<S>(), d_h_nH.mutable_data_ptr<S>(),
                      d_weight_N.mutable_data_ptr<T>() + block.start, n, F);
     if (d_down_EDF) product_into((*d_down_EDF)[e], g_nD.t(), cast(a_nF, compute, 8), block.more, 9);
     if (d_down_bias_ED) {
@@ -354,7 +230,7 @@ Tensor backward_as(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& 
       product_into((*d_first_bias_EH)[e].unsqueeze(1), g_nH.t(), ones_n1, block.more, 14);
     }
     at::mm_out(g_nD, g_nH, cast(experts.first_EHD[e], compute, 4));
-    add_rows<T>(sum_TD, token + block.start, cast(g_nD, wide, 15));
+    add_rows<S>(sum_TD, token + block.start, cast(g_nD, stored, 15));
   });
 }
 
@@ -364,9 +240,12 @@ Tensor forward(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N
                const Optional& down_bias_ED, std::string activation, bool gated, const Optional& hidden_NH) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Experts experts{first_EHD, down_EDF, first_bias_EH, down_bias_ED};
-  if (x_TD.scalar_type() == at::kDouble)
-    return forward_as(x_TD, weight_N, token_N, ends_E, experts, elementwise<double>(activation, gated), hidden_NH);
-  return forward_as(x_TD, weight_N, token_N, ends_E, experts, elementwise<float>(activation, gated), hidden_NH);
+  auto as = [&](const auto& rowwise) {
+    return forward_as(x_TD, weight_N, token_N, ends_E, experts, rowwise, hidden_NH);
+  };
+  if (x_TD.scalar_type() == at::kDouble) return as(elementwise<double>(activation, gated));
+  if (x_TD.scalar_type() == at::kBFloat16) return as(elementwise<at::BFloat16>(activation, gated));
+  return as(elementwise<float>(activation, gated));
 }
 
 Tensor backward(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_TD, const Tensor& weight_N,
@@ -381,6 +260,7 @@ Tensor backward(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_T
                        d_down_EDF, d_first_bias_EH, d_down_bias_ED);
   };
   if (x_TD.scalar_type() == at::kDouble) return as(elementwise<double>(activation, gated));
+  if (x_TD.scalar_type() == at::kBFloat16) return as(elementwise<at::BFloat16>(activation, gated));
   return as(elementwise<float>(activation, gated));
 }
 
