@@ -17,11 +17,11 @@ LOADS = (17, 1, 0, 16, 15, 33)
 D, F, E, K = 24, 20, len(LOADS), 2
 
 
-def assignments(seed: int = 0) -> tuple[Tensor, Permutation]:
+def assignments(loads: tuple[int, ...] = LOADS) -> tuple[Tensor, Permutation]:
     """Choices (T, K) of which each expert has its load, the others being E, in random order."""
-    chosen = torch.repeat_interleave(torch.arange(E), torch.tensor(LOADS))
+    chosen = torch.repeat_interleave(torch.arange(E), torch.tensor(loads))
     chosen = torch.cat([chosen, torch.full((6,), E)])
-    chosen_TK = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))].view(-1, K)
+    chosen_TK = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))].view(-1, K)
     return chosen_TK, sort_by_expert(chosen_TK.clamp(max=E - 1), num_experts=E, kept_TK=chosen_TK < E)
 
 
@@ -125,20 +125,24 @@ def test_an_expert_that_is_not_a_number_harms_no_other(short):
     assert all(tensor.grad[1:].isfinite().all() for tensor in tensors[2:])
 
 
-def test_hidden_states_start_at_multiples_of_16_where_the_dtype_is_short(short):
+def test_hidden_states_are_padded_where_the_dtype_is_short(short):
     forward = sys.modules[native.__module__]._forward
-    _, permutation = assignments()
-    routes = (permutation.token_N, permutation.order_N, permutation.ends_E)
-    for dtype, multiple in ((torch.float32, 1), (short, 16)):
-        x, weights, *experts = (tensor.detach() for tensor in leaves(dtype))
-        _, hidden_RH = forward(x, weights.flatten()[permutation.order_N], *routes, *experts, "silu", True, True)
-        assert hidden_RH.shape == (len(permutation.token_N) + (multiple - 1) * E, 2 * F)
-        row = start = 0
-        for e, load in enumerate(LOADS):
-            token_n = permutation.token_N[start : start + load]
+    loads = (17, 1, 0, 530, 15, 33)
+    _, permutation = assignments(loads)
+    routes, N = (permutation.token_N, permutation.order_N, permutation.ends_E), len(permutation.token_N)
+    layouts = {
+        torch.float32: ((0, 17, 18, 18, 548, 563), N),
+        short: ((0, 32, 48, 48, 592, 608), N + N // 16 + 15 * E),  # 544 is the next multiple of 512 / 16
+    }
+    for dtype, (rows, size) in layouts.items():
+        _, _, *experts = (tensor.detach() for tensor in leaves(dtype))
+        x = torch.randn(N // K, D).to(dtype)
+        _, hidden_RH = forward(x, torch.ones(N), *routes, *experts, "silu", True, True)
+        assert hidden_RH.shape == (size, 2 * F)
+        for e, (row, load, end) in enumerate(zip(rows, loads, permutation.ends_E.tolist(), strict=True)):
+            token_n = permutation.token_N[end - load : end]
             wanted = torch.nn.functional.linear(x[token_n].double(), experts[0][e].double(), experts[2][e].double())
             torch.testing.assert_close(hidden_RH[row : row + load].double(), wanted, rtol=2e-2, atol=2e-2)
-            start, row = start + load, row + -(-load // multiple) * multiple
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

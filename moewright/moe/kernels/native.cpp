@@ -16,6 +16,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <numeric>
@@ -39,23 +41,27 @@ struct Block {
 };
 
 struct Plan {
-  std::vector<Block> heavy;                // with all threads, one product at a time
-  std::vector<std::vector<Block>> shares;  // one for each thread
-  std::vector<int64_t> idle;               // experts without rows
+  std::vector<std::vector<Block>> light, heavy;  // of each expert; those of a heavy one with all threads at once
+  std::vector<int64_t> idle;                     // experts without rows
 };
 
 constexpr int64_t ROWS = 1024;
 
-// The heaviest expert first, each to the thread with least to do. An expert too heavy for one thread is left to all.
+// The heaviest expert first. One that is too heavy for a single thread is left to all.
 //
 // What lies between an expert's products stays small by taking ROWS rows at a time, but for short dtypes, in which a
-// gradient cannot be added up without rounding. Those are padded to a multiple of `multiple`: oneDNN compiles code for
-// each shape of a product in them, takes as long for it as for the product of hundreds of rows, and keeps a thousand.
+// gradient cannot be added up without rounding. Those are padded: oneDNN compiles code for each shape of a product in
+// them, takes as long for it as for the product of hundreds of rows, and keeps a thousand. So there are few numbers of
+// rows, multiples of `multiple` and of a 16th of the power of two below. (A multiple of 1: no padding.)
 Plan plan_of(const Tensor& ends_E, int64_t multiple) {
   const int32_t* ends = ends_E.const_data_ptr<int32_t>();
   const int64_t E = ends_E.numel(), threads = at::get_num_threads(), most = multiple == 1 ? ROWS : INT64_MAX / 2;
-  auto padded = [&](int64_t n) { return (n + multiple - 1) / multiple * multiple; };
-  std::vector<int64_t> load(E), order(E), row(E), sums(threads, 0);
+  auto padded = [&](int64_t n) {
+    if (multiple == 1) return n;
+    const int64_t step = std::max<int64_t>(multiple, std::bit_floor<uint64_t>(n - 1) / 16);
+    return (n + step - 1) / step * step;
+  };
+  std::vector<int64_t> load(E), order(E), row(E);
   for (int64_t e = 0; e < E; e++) {
     load[e] = ends[e] - (e ? ends[e - 1] : 0);
     row[e] = e ? row[e - 1] + padded(load[e - 1]) : 0;
@@ -63,34 +69,31 @@ Plan plan_of(const Tensor& ends_E, int64_t multiple) {
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return load[a] > load[b]; });
   Plan plan;
-  plan.shares.resize(threads);
   for (int64_t e : order) {
     if (!load[e]) {
       plan.idle.push_back(e);
       continue;
     }
-    std::vector<Block>* to = &plan.heavy;
-    if (threads > 1 && load[e] * 2 * threads <= ends[E - 1]) {
-      const int64_t thread = std::min_element(sums.begin(), sums.end()) - sums.begin();
-      sums[thread] += load[e];
-      to = &plan.shares[thread];
-    }
+    std::vector<Block>& blocks = (load[e] * threads > ends[E - 1] ? plan.heavy : plan.light).emplace_back();
     for (int64_t done = 0, n; done < load[e]; done += n) {
       n = std::min(most, load[e] - done);
-      to->push_back({e, ends[e] - load[e] + done, n, row[e] + done, padded(n), done > 0});
+      blocks.push_back({e, ends[e] - load[e] + done, n, row[e] + done, padded(n), done > 0});
     }
   }
   return plan;
 }
 
+// A thread takes the next expert when it is done with one: no result depends on who does which.
 template <class Work>
 void for_blocks(const Plan& plan, const Work& work) {
-  at::parallel_for(0, plan.shares.size(), 1, [&](int64_t first, int64_t last) {
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     at::AutoDispatchBelowADInplaceOrView guard;  // belongs to a thread
-    for (int64_t i = first; i < last; i++)
-      for (const Block& block : plan.shares[i]) work(block);
+    for (size_t i; (i = next++) < plan.light.size();)
+      for (const Block& block : plan.light[i]) work(block);
   });
-  for (const Block& block : plan.heavy) work(block);
+  for (const std::vector<Block>& blocks : plan.heavy)
+    for (const Block& block : blocks) work(block);
 }
 
 // A buffer that this thread keeps, by number: what is written to one is gone when its number is asked for again.
@@ -126,12 +129,10 @@ void add_choices(const Plan& plan, const Tensor& order_N, const Tensor& rows_RD,
   const int64_t T = y_TD.size(0), D = y_TD.size(1), K = T ? order_N.numel() / T : 0;
   const int64_t* order = order_N.const_data_ptr<int64_t>();
   std::vector<int64_t> row_TK(T * K, -1);
-  auto place = [&](const std::vector<Block>& blocks) {
-    for (const Block& block : blocks)
-      for (int64_t i = 0; i < block.n; i++) row_TK[order[block.start + i]] = block.row + i;
-  };
-  for (const std::vector<Block>& share : plan.shares) place(share);
-  place(plan.heavy);
+  for (const auto* experts : {&plan.light, &plan.heavy})
+    for (const std::vector<Block>& blocks : *experts)
+      for (const Block& block : blocks)
+        for (int64_t i = 0; i < block.n; i++) row_TK[order[block.start + i]] = block.row + i;
   const S* rows = rows_RD.const_data_ptr<S>();
   S* y = y_TD.mutable_data_ptr<S>();
   at::parallel_for(0, T, 64, [&](int64_t first, int64_t last) {
@@ -188,7 +189,7 @@ struct Experts {
 
 struct Routes {
   const Tensor &weight_N, &token_N, &order_N, &ends_E;
-  int64_t multiple;  // of rows for each expert
+  int64_t multiple;  // see plan_of
 };
 
 template <class S>

@@ -57,13 +57,15 @@ def _has_products_of(dtype: torch.dtype) -> bool:
 
 
 def _multiple(dtype: torch.dtype) -> int:
-    """What the rows of each expert are padded to a multiple of: `plan_of` in native.cpp says why."""
+    """What the number of an expert's rows is padded to a multiple of: `plan_of` in native.cpp says why."""
     return 16 if _compute_dtype(dtype).itemsize < 4 else 1
 
 
 def _padded(assignments: int, experts: int, dtype: torch.dtype) -> int:
     """R: as many as there may be, whatever the loads of the experts."""
-    return assignments + (_multiple(dtype) - 1) * experts
+    if (multiple := _multiple(dtype)) == 1:
+        return assignments
+    return assignments + assignments // 16 + (multiple - 1) * experts
 
 
 def _sums(x_TD: Tensor, assignments: int, experts: int) -> tuple[Tensor, Tensor]:

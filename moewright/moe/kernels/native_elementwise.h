@@ -100,7 +100,7 @@ void forward_rows(const S* h_nH, const Wide<S>* weight_n, S* a_nF, int64_t n, in
     const S *__restrict gate = h_nH + i * F * (GATED ? 2 : 1), *__restrict up = gate + F;
     const T weight = weight_n[i];
     S* __restrict a = a_nF + i * F;
-#pragma omp simd
+    // No `omp simd`: GCC would leave what does not fill its widest vectors to a scalar loop.
     for (int64_t f = 0; f < F; f++) {
       T value, slope;
       A::template at<T>(load(gate[f]), value, slope);
