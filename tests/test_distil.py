@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
 from tests import reference
 from tests.models import write_dense
+from tests.test_docs import ROOT, module_at
 
 SPLIT = UpcycleConfig(experts=4, granularity=4, top_k=4)
 COPIES = UpcycleConfig(experts=3, top_k=2)
@@ -461,6 +462,56 @@ def test_targets_and_texts_that_are_refused(folders, tmp_path):
     with pytest.raises(DataError, match=r"there is no such file"):
         run(tmp_path / "out", text=[str(tmp_path / "none.txt")])
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_the_command_hands_every_option_to_the_library(monkeypatch):
+    calls = []
+
+    def distil_folder(*args, track, **options):
+        assert callable(track)
+        calls.append((*args, options))
+        return {"layers": []}
+
+    monkeypatch.setattr(distil, "distil_folder", distil_folder)
+    long = (
+        "--tolerance 0.2 --tokens 50000 --held-out-tokens 99 --top-k 3 --layers-at-once 2 --batch-size 5"
+        " --sequence-length 64 --learning-rate 0.1 --router-learning-rate-ratio 0.2 --balance-loss 0.3 --z-loss 0.4"
+        " --dtype bfloat16 --seed 7 --device cpu --overwrite --verify-text c.txt --text a.txt b.txt"
+    )
+    assert cli.main(["distil", "d", "s", "o", *long.split()]) == 0
+    assert cli.main(["distil", "d", "s", "o", "--text", "a.txt", "--tolerance", "0.1"]) == 0
+    every = DistilConfig(
+        tolerance=0.2,
+        tokens=50000,
+        held_out_tokens=99,
+        top_k=3,
+        layers_at_once=2,
+        batch_size=5,
+        sequence_length=64,
+        learning_rate=0.1,
+        router_learning_rate_ratio=0.2,
+        balance_loss=0.3,
+        z_loss=0.4,
+        dtype="bfloat16",
+        seed=7,
+        device="cpu",
+    )
+    paths = (Path("d"), Path("s"), Path("o"))
+    assert calls == [
+        (*paths, every, {"text": ["a.txt", "b.txt"], "verify_text": ["c.txt"], "overwrite": True}),
+        (*paths, DistilConfig(tolerance=0.1), {"text": ["a.txt"], "verify_text": (), "overwrite": False}),
+    ]
+    unchanged = {f.name for f in fields(DistilConfig) if getattr(every, f.name) == f.default}
+    assert not unchanged, "each option is given here"
+
+
+def test_the_page_shows_the_results():
+    experiment = module_at(ROOT / "experiments" / "distil.py")
+    page, result = experiment.PAGE.read_text(encoding="utf-8"), json.loads(experiment.RESULT.read_text())
+    assert experiment.renew(page, result) == page, "run python experiments/distil.py --tables"
+    for row in result["layers"]:
+        assert row["error_after"] < row["error_before"]
+        assert row["errors_before"][-1] < 1e-9, "a split is exact with all of its experts"
 
 
 @pytest.mark.parametrize(
