@@ -2,7 +2,7 @@
 # make demo    the main job on a real model, about ten minutes on two cores
 # make test    lint, types, and the tests that are quick
 # make test-full   the same with every test
-# make bench       the layer beside its peers, on this machine: renews benchmarks/results (about an hour on two cores)
+# make bench       layer and upcycling beside their peers, on this machine: renews benchmarks/results (about an hour on two cores)
 # make bench-env   what that needs, in .venv-bench
 
 PYTHON ?= python3
@@ -65,6 +65,7 @@ $(BENCH_INSTALLED): pyproject.toml constraints.txt benchmarks/requirements.txt
 bench: bench-env
 	.venv-bench/bin/python benchmarks/moe_layer.py
 	.venv-bench/bin/python benchmarks/dispatch.py
+	.venv-bench/bin/python benchmarks/upcycle.py
 
 clean:
 	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 PACKAGES = ("torch", "transformers", "deepspeed", "torchtitan", "megatron-core", "triton", "scattermoe", "sonic-moe")
+PACKAGES += ("mergekit", "mixturekit")
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import traceback
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,10 @@ from typing import Any, NoReturn
 
 from moewright import __version__
 from moewright.errors import MoewrightError, ResourceError, UsageError
-from moewright.moe.config import ROUTER_ORDERS
 from moewright.train.distil_config import DistilConfig
-from moewright.upcycle.config import SCALES, UpcycleConfig
+from moewright.train.tree import required, sentences
+from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.grow_config import DEPTHS, WIDTHS, GrowConfig
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
@@ -89,26 +91,53 @@ def upcycle(args: argparse.Namespace) -> Facts:
     from moewright.report.progress import progress_bar
     from moewright.upcycle.apply import upcycle_folder
 
-    config = UpcycleConfig(
-        experts=args.experts,
-        top_k=args.top_k,
-        granularity=args.granularity,
-        router_order=args.router_order,
-        scale=args.scale,
-        layers=args.layers,
-        seed=args.seed,
-    )
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(UpcycleConfig)}
+    config = UpcycleConfig(**settings | {"siblings": tuple(args.siblings)})
     with progress_bar("writing") as track:
         report = upcycle_folder(
             args.source,
             args.target,
             config,
             dtype=None if args.dtype is None else getattr(torch, args.dtype),
-            calibration_text=args.calibration_text,
+            format=args.format,
             verify_text=args.verify_text,
             dry_run=args.dry_run,
             overwrite=args.overwrite,
             allow_nonfinite=args.allow_nonfinite,
+            track=track,
+        )
+    return report.as_dict()
+
+
+def export(args: argparse.Namespace) -> Facts:
+    from moewright.export.folder import export_folder
+
+    report = export_folder(
+        args.source,
+        args.target,
+        to=args.to,
+        overwrite=args.overwrite,
+        accept_runtime_fault=args.accept_runtime_fault,
+    )
+    return report.as_dict()
+
+
+def grow(args: argparse.Namespace) -> Facts:
+    import torch
+
+    from moewright.report.progress import progress_bar
+    from moewright.upcycle.grow import grow_folder
+
+    config = GrowConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(GrowConfig)})
+    with progress_bar("writing") as track:
+        report = grow_folder(
+            args.source,
+            args.target,
+            config,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            verify_text=args.verify_text,
+            dry_run=args.dry_run,
+            overwrite=args.overwrite,
             track=track,
         )
     return report.as_dict()
@@ -211,6 +240,7 @@ def _build_parser() -> _Parser:
     verb = _add_verb(verbs, "inspect", inspect, "what a model folder holds: layers, experts, parameters, bytes")
     verb.add_argument("folder", metavar="DIR", type=Path, help="a model folder, dense or sparse")
     _add_upcycle(verbs)
+    _add_grow(verbs)
     verb = _add_verb(verbs, "train", train, "train what a run file describes; the same command again resumes")
     verb.usage = "moewright train RUN.toml [--section.key value ...] [--json] [--debug]"
     verb.add_argument("run", metavar="RUN.toml", type=Path, help="the run file")
@@ -220,6 +250,7 @@ def _build_parser() -> _Parser:
         "docs/training.md lists every key. Any key can be overridden, for example: --train.steps 100 --out runs/second"
     )
 
+    _add_export(verbs)
     _add_distil(verbs)
     evaluate = verbs.add_parser("evaluate", help="measure a model", allow_abbrev=False)
     measures = evaluate.add_subparsers(title="measures", metavar="MEASURE", required=True)
@@ -238,29 +269,67 @@ def _add_upcycle(verbs: Any) -> None:
     verb = _add_verb(verbs, "upcycle", upcycle, "write a dense model folder as a mixture of experts")
     verb.add_argument("source", metavar="SRC", type=Path, help="a dense model folder")
     verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
-    verb.add_argument("--experts", metavar="N", type=int, required=True, help="routed experts in each layer")
-    verb.add_argument("--top-k", metavar="T", type=int, required=True, help="experts each token is sent to")
-    verb.add_argument(
-        "--granularity", metavar="G", type=int, default=1, help="cut each feed-forward block into G experts (default 1)"
-    )
-    verb.add_argument(
-        "--router-order",
-        choices=ROUTER_ORDERS,
-        help="softmax before or after the choice (default: topk-softmax, and softmax-topk when T is 1)",
-    )
-    verb.add_argument(
-        "--scale",
-        choices=SCALES,
-        help="how expert weights are scaled (default: exact with topk-softmax, calibrated with softmax-topk)",
-    )
-    verb.add_argument("--layers", default="all", help="all, every:2, or a list such as 0,2,5 (default: all)")
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as in SRC)")
-    verb.add_argument("--seed", metavar="S", type=int, default=0, help="of the router's weights (default 0)")
-    verb.add_argument("--calibration-text", metavar="FILE", type=Path, help="text on which `calibrated` is measured")
+    verb.add_argument("--format", metavar="TYPE", help="mixtral, ..., moewright (default: the first that fits)")
     verb.add_argument("--verify-text", metavar="FILE", type=Path, help="compare SRC and OUT on this text")
     verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     verb.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or Inf as they are")
+    _add_fields(verb, UpcycleConfig)
+
+
+def _add_fields(verb: _Parser, kind: type[Any]) -> None:
+    """An option for each field of a dataclass, explained by the sentence under it."""
+    group = verb.add_argument_group("settings (a run file's [upcycle] has them, too)")
+    hints, texts = typing.get_type_hints(kind), sentences(kind)
+    for field in dataclasses.fields(kind):
+        hint, option = required(hints[field.name]), "--" + field.name.replace("_", "-")
+        how: dict[str, Any] = {
+            "help": texts[field.name].replace("%", "%%"),
+            "required": field.default is dataclasses.MISSING,
+        }
+        if not how["required"]:
+            how["default"] = field.default
+        if hint is bool:
+            how["action"] = "store_true"
+        elif typing.get_origin(hint) is typing.Literal:
+            how["choices"] = typing.get_args(hint)
+        elif typing.get_origin(hint) is tuple:
+            how |= {"nargs": "+", "metavar": "DIR"}
+        else:
+            how |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
+        group.add_argument(option, **how)
+
+
+def _add_export(verbs: Any) -> None:
+    verb = _add_verb(
+        verbs, "export", export, "write a sparse folder for a runtime, and prove that it computes the same"
+    )
+    verb.add_argument("source", metavar="SRC", type=Path, help="a sparse model folder")
+    verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
+    verb.add_argument("--to", metavar="TYPE", help="mixtral, qwen2_moe, ..., moewright (default: the first that fits)")
+    verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    verb.add_argument(
+        "--accept-runtime-fault",
+        action="store_true",
+        help="write OUT even where transformers itself mixes experts up, as it does in nllb-moe",
+    )
+
+
+def _add_grow(verbs: Any) -> None:
+    verb = _add_verb(verbs, "grow", grow, "write a dense model folder as a larger dense model")
+    verb.add_argument("source", metavar="SRC", type=Path, help="a dense model folder")
+    verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
+    for size, what in (("hidden-size", "model width, with more heads"), ("intermediate-size", "feed-forward width")):
+        verb.add_argument(f"--{size}", metavar="N", type=int, help=f"{what} (default: as in SRC)")
+    verb.add_argument("--layers", metavar="L", type=int, help="number of layers (default: as in SRC)")
+    verb.add_argument("--width", choices=WIDTHS, default="fpi", help="copy neurons of the layer, or of the one above")
+    verb.add_argument("--depth", choices=DEPTHS, default="interpolate", help="where copied layers go")
+    verb.add_argument("--seed", metavar="S", type=int, help="draw the neurons to copy (default: in turn)")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the weights written (default: as in SRC)")
+    verb.add_argument("--verify-text", metavar="FILE", type=Path, help="compare SRC and OUT on this text")
+    verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+    verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
 def _add_distil(verbs: Any) -> None:

@@ -2,13 +2,14 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import dispatch, memory, moe_layer
+from benchmarks import dispatch, memory, moe_layer, upcycle
 from benchmarks.cases import (
     CASES,
     DTYPES,
@@ -174,6 +175,37 @@ def test_dispatch_rows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert rows[0]["ms"] > 0
 
 
+def test_upcycling_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    upcycle.main(["--quick", "--json", "--work", str(tmp_path / "work"), "--impls", "ours,cp"])
+    ours, cp = json.loads(capsys.readouterr().out)
+    assert (ours["impl"], cp["impl"]) == ("ours", "cp")
+    assert ours["written_mb"] == cp["written_mb"] > 25
+    assert ours["ratio_to_cp"] == pytest.approx(cp["seconds_all"][0] / ours["seconds_all"][0], rel=0.5)
+    assert ours["mb_per_s"] == pytest.approx(ours["written_mb"] / ours["seconds"], rel=0.05)
+    assert cp["peak_mb"] < 50 < ours["peak_mb"]
+    assert 0 < ours["beyond_imports_mb"] < ours["peak_mb"] / 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_fails_or_is_missing_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def commands(impl: str, source: Path, target: Path, *, dtype: str) -> list[str] | str:
+        return "not installed" if impl == "mixturekit" else ["sh", "-c", "echo first; echo the reason >&2; exit 3"]
+
+    monkeypatch.setattr(upcycle, "command", commands)
+    source = upcycle.write_random(tmp_path / "small", upcycle.SIZES["small"])
+    rows = upcycle.measure("small", source, ["ours", "cp", "mixturekit"], rounds=1, peer_rounds=1)
+    assert [row["reason"] for row in rows] == ["exit code 3: the reason", None, "not installed"]
+    assert [row["seconds"] for row in rows] == [None, None, None]
+
+
+def test_memory_of_a_process_counts_its_children(tmp_path: Path) -> None:
+    child = f"{sys.executable} -c 'import time; x = bytearray(10**8); time.sleep(2)'"
+    found = upcycle.run(["sh", "-c", f"{child} & {child} & wait"], folder=tmp_path, sync=False)
+    assert found.failure is None
+    assert found.peak_bytes > 2e8
+    assert found.seconds > 2
+
+
 def renewed(page: str) -> str:
     """README with the table of the results file, and with none where there is no such file."""
     before, _, rest = page.partition(START)
@@ -188,9 +220,12 @@ def renewed(page: str) -> str:
 
 
 def test_readme_and_the_table_show_the_results() -> None:
-    for result in RESULT.parent.glob("[!d]*.json"):
+    for result in RESULT.parent.glob("[cg]pu-*.json"):
         content = json.loads(result.read_text(encoding="utf-8"))
         assert result.with_suffix(".md").read_text(encoding="utf-8") == table(content), "run moe_layer.py --table FILE"
+    for result in RESULT.parent.glob("upcycle-*.json"):
+        content = json.loads(result.read_text(encoding="utf-8"))
+        assert result.with_suffix(".md").read_text(encoding="utf-8") == upcycle.table(content), "run upcycle.py again"
     page = README.read_text(encoding="utf-8")
     assert START in page
     assert renewed(page) == page, "run python -m tests.test_benchmarks"

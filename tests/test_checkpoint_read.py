@@ -1,6 +1,7 @@
 """Model folders that others wrote: what is read, and what is refused with which words."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -90,14 +91,26 @@ def test_every_dtype_reads_as_the_library_reads_it(tmp_path: Path, name: str) ->
         assert torch.equal(raw, expected_raw)
 
 
-def test_a_tensor_is_memory_of_its_own(folder: Path) -> None:
+@pytest.mark.parametrize("count", [4, 2**20])
+def test_a_tensor_is_memory_of_its_own(folder: Path, count: int) -> None:
+    save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(count)}, folder / WEIGHTS)
     tensor = ModelFolder(folder).read("b")
     before = (folder / WEIGHTS).read_bytes()
     tensor.mul_(2)
     assert (folder / WEIGHTS).read_bytes() == before
     with (folder / WEIGHTS).open("r+b") as file:
         file.write(b"\0" * len(before))
-    assert tensor.tolist() == [2.0] * 4
+    assert torch.equal(tensor, torch.full((count,), 2.0))
+
+
+def test_a_tensor_that_does_not_fit_is_a_matter_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    save_file({"a": torch.ones(2**19)}, folder / WEIGHTS)
+    monkeypatch.setattr("mmap.mmap", full)
+    with pytest.raises(MemoryError, match=f"{2**21} bytes"):
+        ModelFolder(folder).read("a")
 
 
 def test_a_folder_of_transformers_reads_back(tmp_path: Path) -> None:
@@ -458,6 +471,19 @@ def test_fingerprint(folder: Path, tmp_path: Path) -> None:
     assert ModelFolder(folder).fingerprint() == before
     save_file({"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(4)}, folder / WEIGHTS)
     assert ModelFolder(folder).fingerprint() != before
+
+
+def test_a_fingerprint_begun_early(folder: Path) -> None:
+    model, late, whole = ModelFolder(folder), ModelFolder(folder), (folder / WEIGHTS).read_bytes()
+    model.start_fingerprint()
+    assert model.fingerprint() == model.fingerprint() == late.fingerprint()
+    damaged = ModelFolder(folder)
+    (folder / WEIGHTS).unlink()
+    damaged.start_fingerprint()
+    with pytest.raises(ModelError, match="cannot be read"):
+        damaged.fingerprint()
+    (folder / WEIGHTS).write_bytes(whole)
+    assert damaged.fingerprint() == late.fingerprint()
 
 
 @pytest.mark.parametrize(

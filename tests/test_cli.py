@@ -17,6 +17,7 @@ import pytest
 from moewright import __version__, cli
 from moewright.errors import DataError, Preempted
 from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.grow_config import GrowConfig
 
 Library = Callable[..., types.ModuleType]
 
@@ -90,30 +91,45 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
 
     library("upcycle.apply", upcycle_folder=upcycle_folder)
     long = (
-        "--experts 16 --top-k 4 --granularity 4 --router-order softmax-topk --scale calibrated --layers every:2"
+        "--experts 24 --top-k 4 --granularity 4 --router-order softmax-topk --scale calibrated --layers every:2"
         " --dtype bfloat16 --seed 7 --calibration-text c.txt --verify-text v.txt --dry-run --overwrite"
-        " --allow-nonfinite"
+        " --allow-nonfinite --neurons clustered --permute --noise 0.1 --redraw 0.5 --redraw-sets separate"
+        " --router-start prompts --router-logit-std 0.2 --prompts p.json --shared-size 8 --shared-mode gated"
+        " --shared-neurons important --siblings c d --router-std 0.5"
     )
     assert cli.main(["upcycle", "a", "b", *long.split()]) == 0
     assert cli.main(["upcycle", "--experts", "8", "a", "b", "--top-k", "2"]) == 0
-    options = {"dtype": None, "calibration_text": None, "verify_text": None}
+    options = {"dtype": None, "verify_text": None}
     options |= dict.fromkeys(("dry_run", "overwrite", "allow_nonfinite"), False)
     assert calls == [
         (
             Path("a"),
             Path("b"),
             UpcycleConfig(
-                experts=16,
+                experts=24,
                 top_k=4,
                 granularity=4,
                 router_order="softmax-topk",
                 scale="calibrated",
                 layers="every:2",
                 seed=7,
+                calibration_text="c.txt",
+                neurons="clustered",
+                permute=True,
+                noise=0.1,
+                redraw=0.5,
+                redraw_sets="separate",
+                router_start="prompts",
+                router_std=0.5,
+                router_logit_std=0.2,
+                prompts="p.json",
+                shared_size=8,
+                shared_mode="gated",
+                shared_neurons="important",
+                siblings=("c", "d"),
             ),
             {
                 "dtype": torch.bfloat16,
-                "calibration_text": Path("c.txt"),
                 "verify_text": Path("v.txt"),
                 "dry_run": True,
                 "overwrite": True,
@@ -121,6 +137,32 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
             },
         ),
         (Path("a"), Path("b"), UpcycleConfig(experts=8, top_k=2), options),
+    ]
+
+
+def test_grow_hands_every_option_to_the_library(library: Library) -> None:
+    import torch
+
+    calls: list[tuple[Any, ...]] = []
+
+    def grow_folder(source: Path, target: Path, config: GrowConfig, **options: Any) -> Result:
+        assert callable(options.pop("track"))
+        calls.append((source, target, config, options))
+        return Result(steps=0, out=target)
+
+    library("upcycle.grow", grow_folder=grow_folder)
+    long = (
+        "--hidden-size 64 --intermediate-size 96 --layers 5 --width aki --depth stack --seed 3 --dtype float16"
+        " --verify-text v.txt --dry-run --overwrite"
+    )
+    assert cli.main(["grow", "a", "b", *long.split()]) == 0
+    assert cli.main(["grow", "a", "b", "--layers", "6"]) == 0
+    options = {"dtype": None, "verify_text": None, "dry_run": False, "overwrite": False}
+    config = GrowConfig(hidden_size=64, intermediate_size=96, layers=5, width="aki", depth="stack", seed=3)
+    chosen = {"dtype": torch.float16, "verify_text": Path("v.txt"), "dry_run": True, "overwrite": True}
+    assert calls == [
+        (Path("a"), Path("b"), config, chosen),
+        (Path("a"), Path("b"), GrowConfig(layers=6), options),
     ]
 
 
@@ -257,7 +299,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"moewright {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["", "inspect", "upcycle", "train", "evaluate", "evaluate perplexity", "demo"])
+@pytest.mark.parametrize("verb", ["", "inspect", "upcycle", "grow", "train", "evaluate", "evaluate perplexity", "demo"])
 def test_help_imports_nothing_heavy(verb: str) -> None:
     code = (
         "import sys\n"

@@ -90,6 +90,21 @@ def test_training_page_shows_the_results():
     assert experiment_.renew(page, result) == page, "run python experiments/router_rate.py --tables"
 
 
+def test_growing_page_shows_the_results():
+    grow = experiment("grow")
+    page, result = grow.PAGE.read_text(encoding="utf-8"), json.loads(grow.RESULT.read_text(encoding="utf-8"))
+    assert grow.renew(page, result) == page, "run python experiments/grow.py --tables"
+    # What the page claims of width and depth holds for what was measured.
+    rows = result["width"] + result["depth"]
+    exact = [row["relative_logit_difference"] for row in rows if row["function_preserving"]]
+    assert len(exact) == 2
+    assert max(exact) <= 1e-5
+    found = {(row["settings"]["width"], row["settings"]["depth"]): row["grown_perplexity"] for row in result["depth"]}
+    assert found["fpi", "interpolate"] < found["fpi", "stack"]
+    assert found["aki", "interpolate"] > found["aki", "stack"]
+    assert min(row["grown_perplexity"] for row in rows if row["settings"]["width"] == "aki") > result["vocabulary"]
+
+
 def layer_blocks(language: str) -> list[str]:
     page = LAYER.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)

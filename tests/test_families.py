@@ -18,7 +18,10 @@ from moewright.backbone.formats import FORMATS, choose_format, settings_from
 from moewright.backbone.graft import graft, moe_layers, routing_contexts, ungraft
 from moewright.backbone.skeleton import has_tied_head
 from moewright.errors import ModelError, UsageError
+from moewright.evaluate.perplexity import evaluate_files
 from moewright.moe.config import MoEConfig
+from moewright.train.config import load_run
+from moewright.train.start import start
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import plan_upcycle
 from tests.models import (
@@ -305,6 +308,20 @@ def test_tied_tensors_that_differ_are_refused(tmp_path):
         pytest.raises(ModelError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"),
     ):
         load_model(tmp_path / "theirs")
+
+
+def test_what_encoder_decoders_cannot_do_yet_is_said(tmp_path):
+    folder, text = write_dense(tmp_path / "dense", "t5"), tmp_path / "text.txt"
+    text.write_text("one two three " * 200)
+    with pytest.raises(UsageError, match="no perplexity of a text alone"):
+        evaluate_files(folder, [text])
+    run = tmp_path / "run.toml"
+    run.write_text(
+        f'model = "{folder}"\nout = "{tmp_path}/out"\n[data]\nfiles = ["{text}"]\nsequence_length = 16\n'
+        "[train]\nsteps = 1\nbatch_size = 1\nlearning_rate = 1e-4\n"
+    )
+    with pytest.raises(UsageError, match=r"training an encoder-decoder \(t5\)"):
+        start(load_run(run, []), cache_dir=tmp_path)
 
 
 # -- formats --

@@ -18,6 +18,7 @@ ROOMS = [
     "checkpoint",
     "backbone",
     "auto",
+    "export",
     "data",
     "evaluate",
     "upcycle",

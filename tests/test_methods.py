@@ -9,8 +9,8 @@ from moewright.errors import UsageError
 from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
 from moewright.upcycle import neurons
+from moewright.upcycle.config import Changes
 from moewright.upcycle.methods import (
-    Changes,
     bias_factors,
     changed,
     expert_part,

@@ -11,7 +11,7 @@ from moewright.errors import UsageError
 from moewright.upcycle import neurons
 from moewright.upcycle.cluster import activation_features, balanced_clusters, unit_rows
 from moewright.upcycle.importance import batch_importance
-from moewright.upcycle.methods import shard, take
+from moewright.upcycle.methods import take
 
 
 def draws(seed=0):
@@ -75,7 +75,7 @@ def test_contiguous_is_the_index_rule_of_virtual_groups():
     for j in range(9):
         assert table[j].tolist() == list(range(4 * (j % 3), 4 * (j % 3) + 4))
         for dense, part in ((gate, "gate"), (down, "down")):
-            piece, due = take(dense, part, neurons_F=table[j]), shard(dense, part, expert=j, granularity=3)
+            piece, due = take(dense, part, neurons_F=table[j]), dense.narrow(int(part == "down"), 4 * (j % 3), 4)
             assert torch.equal(piece, due)
             assert (piece.data_ptr(), piece.stride()) == (due.data_ptr(), due.stride())
 

@@ -10,7 +10,6 @@ from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
 from moewright.moe.router import route
 from moewright.upcycle import routers
-from moewright.upcycle.methods import router_rows
 
 NORMAL = {"hidden_size": 64, "std": 0.02, "seed": 0, "layer": 0}
 
@@ -37,9 +36,6 @@ def test_rows_are_repeated_for_each_expert_of_a_group():
     assert router.shape == (12, 64)
     for j in range(12):
         assert torch.equal(router[j], rows[j // 4].bfloat16())
-    # The rows that upcycling has always drawn.
-    same = router_rows(experts=12, granularity=4, dtype=torch.bfloat16, **NORMAL)
-    assert torch.equal(router, same)
 
 
 @pytest.mark.parametrize("make", [routers.normal_rows, routers.orthogonal_rows])
@@ -68,7 +64,7 @@ def test_a_std_of_one_saturates_the_router():
 
 
 def test_zeros_send_all_tokens_to_the_same_experts():
-    rows = routers.zero_rows(8, hidden_size=64, granularity=1)
+    rows = routers.zero_rows(8, hidden_size=64)
     x = tokens(50, 64)
     for order in ("topk-softmax", "softmax-topk"):
         chosen = routing(x, rows, 2, order).experts_TK
@@ -83,11 +79,6 @@ def test_zeros_send_all_tokens_to_the_same_experts():
         layer(x).square().sum().backward()
         assert (layer.experts.down_proj.grad.abs().amax(dim=(1, 2)) > 0).sum() == 2
         assert (layer.router.weight.grad.abs().amax(dim=1) > 0).sum() == moved
-
-
-def test_zeros_are_refused_where_experts_are_shards():
-    with pytest.raises(UsageError, match="zeros with granularity=2"):
-        routers.zero_rows(4, hidden_size=64, granularity=2)
 
 
 def test_orthogonal_rows():

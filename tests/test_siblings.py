@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, UsageError
-from moewright.upcycle.siblings import average, check_siblings, require_siblings_fit, sibling_of
+from moewright.upcycle.config import require_siblings_fit
+from moewright.upcycle.siblings import average, check_siblings, sibling_of
 from tests.models import write_dense
 
 

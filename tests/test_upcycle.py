@@ -23,8 +23,8 @@ from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
 from moewright.upcycle.apply import upcycle_folder, upcycle_model
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.methods import router_rows, shard
 from moewright.upcycle.plan import plan_upcycle
+from moewright.upcycle.routers import start_rows
 from moewright.upcycle.scale import Factors, balanced, expected_weight_sum, factors, mean_weight_sum, published
 from moewright.upcycle.verify import broken_groups
 from tests.models import FAMILIES, logits_of, plain_transformers, relative, tiny_config, write_dense
@@ -132,19 +132,13 @@ def test_running_twice_gives_the_same_bytes(tmp_path):
 
 
 def test_router_rows_depend_on_seed_and_layer_alone():
-    def rows(**changes):
-        settings = {"experts": 4, "hidden_size": 8, "granularity": 2, "std": 0.5, "seed": 0, "layer": 0}
-        return router_rows(**(settings | changes), dtype=torch.float32)
+    def rows(experts=4, hidden_size=8, seed=0, layer=0):
+        config = UpcycleConfig(experts=experts, granularity=2, top_k=2, router_std=0.5, seed=seed)
+        return start_rows(config.resolved(hidden_size=hidden_size), hidden_size=hidden_size, layer=layer)
 
     assert torch.equal(rows(), rows())
     assert len({tuple(rows(seed=s, layer=i)[0].tolist()) for s in range(4) for i in range(4)}) == 16
     assert rows(hidden_size=4096, experts=64).std().item() == pytest.approx(0.5, rel=0.02)
-
-
-def test_shards_rebuild_the_dense_block():
-    gate, down = torch.randn(12, 5), torch.randn(5, 12)
-    assert torch.equal(torch.cat([shard(gate, "gate", expert=j, granularity=3) for j in range(3, 6)]), gate)
-    assert torch.equal(torch.cat([shard(down, "down", expert=j, granularity=3) for j in range(3)], dim=1), down)
 
 
 @pytest.mark.parametrize("total", [1.0, 2.0, 3.0, 4.0, 8.0, 12.7, 64.0])
@@ -291,7 +285,7 @@ def test_inspect_counts_tied_and_untied(tmp_path):
         ({"experts": 0}, "experts=0"),
         ({"scale": "exact", "router_order": "softmax-topk"}, "scale=exact with router_order=softmax-topk"),
         ({"scale": "calibrated"}, "scale=calibrated with router_order=topk-softmax"),
-        ({"scale": "best"}, "choose one of exact, uniform, calibrated, none"),
+        ({"scale": "best"}, "choose one of exact, full, uniform, calibrated, none"),
         ({"router_order": "softmax"}, "choose one of softmax-topk, topk-softmax"),
         ({"router_std": 0.0}, "router_std=0.0"),
     ],
@@ -373,7 +367,7 @@ def test_settings_that_are_ignored_are_named(tmp_path):
     source, text = write_dense(tmp_path / "dense"), text_file(tmp_path)
     config = UpcycleConfig(experts=4, top_k=2)
     with pytest.warns(UserWarning, match="calibration text is ignored: scale=exact"):
-        upcycle_folder(source, tmp_path / "a", config, calibration_text=text)
+        upcycle_folder(source, tmp_path / "a", replace(config, calibration_text=str(text)))
     with pytest.warns(UserWarning, match="text to verify on is ignored"):
         upcycle_folder(source, tmp_path / "b", config, verify_text=text, dry_run=True)
     with pytest.warns(UserWarning, match="expert width of 4 is no multiple of 8"):

@@ -164,11 +164,16 @@ def save_model(
     """
     form = form_of(model, wanted=format)
     with FolderWriter(out, overwrite=overwrite, sources=[] if companions is None else [companions]) as writer:
-        writer.write_json("config.json", form.fields(model))
-        writer.write_tensors({slot.name: _lazy(model, slot) for slot in form.slots(model)})
-        if companions is not None:
-            writer.copy_companions(companions)
+        write_model(writer, model, form, companions=companions)
         return writer.commit({**(record or {}), **form.record(model)})
+
+
+def write_model(writer: FolderWriter, model: PreTrainedModel, form: Form, *, companions: Path | None) -> None:
+    """Config, weights and companions of a live model, to be committed by the caller with the form's record."""
+    writer.write_json("config.json", form.fields(model))
+    writer.write_tensors({slot.name: _lazy(model, slot) for slot in form.slots(model)})
+    if companions is not None:
+        writer.copy_companions(companions)
 
 
 def constant(slot: Slot, dtype: torch.dtype) -> Tensor:

@@ -124,6 +124,8 @@ class Twin:
         twin_class = CONFIG_MAPPING[self.model_type]
         known = set(written(twin_class())) - {"model_type"}
         found = written(twin_class(**{k: v for k, v in config.to_dict().items() if k in known}))
+        if (start := getattr(config, "decoder_start_token_id", None)) is not None:
+            found["decoder_start_token_id"] = start  # whether the twin's class names it or not
         moe = next(iter(layers.values()))
         found |= dict.fromkeys(self.experts_fields, moe.num_experts) | dict.fromkeys(self.size_fields, moe.expert_size)
         if self.top_k_field:

@@ -60,7 +60,8 @@ class HashedFile:
         # Linux begins by itself only when a tenth of the memory waits to be written, or at the fsync. The advice sends
         # there what is not on the disk yet, and takes what is out of the page cache, which a model could fill.
         if sys.platform == "linux":
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # a file system that takes no advice
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     @property
     def record(self) -> FileRecord:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moewright.checkpoint.files import difference, file_inside, parse_records, read_json, reading, record_of, some
-from moewright.checkpoint.tensorfile import TensorInfo, read_header, read_tensor
+from moewright.checkpoint.tensorfile import TensorInfo, one_thread, read_header, read_tensor
 from moewright.errors import ModelError
 
 CONFIG = "config.json"
@@ -52,7 +52,7 @@ class ModelFolder:
 
     def __init__(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
         self.path = Path(path)
-        self._allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite = allow_nonfinite
         self._hashing: threading.Thread | None = None
         self._fingerprint: str | None = None
         with reading(self.path):
@@ -87,9 +87,10 @@ class ModelFolder:
         """
         with reading(self.path):
             tensor = read_tensor(self.tensors[name])
-        if not self._allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
+        if not self.allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
             # The extremes tell (NaN spreads to both) and, unlike isfinite, need no mask of the tensor's size.
-            low, high = torch.aminmax(tensor)
+            with one_thread():
+                low, high = torch.aminmax(tensor)
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ModelError(
                     f"{self.tensors[name].file}: tensor {name} holds NaN or Inf; use an undamaged model "

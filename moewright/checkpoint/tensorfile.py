@@ -5,11 +5,12 @@ the tensors' bytes without gaps. The ``safetensors`` library reads it, but write
 memory at once, and takes whatever a header claims to the operating system; hence these few functions of our own.
 """
 
+import contextlib
 import json
 import math
 import mmap
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -143,13 +144,32 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return data.view(info.dtype).reshape(info.shape)
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch pass over a tensor without its other threads.
+
+    What is read and written is hashed meanwhile by threads of ours, which OpenMP's would spin against; one passes
+    over a tensor many times faster than it is hashed.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _memory(size: int) -> Tensor:
     """Bytes that go back to the system when they are dropped: malloc would keep blocks of many megabytes."""
     if size < LARGE_BYTES:
         return torch.empty(size, dtype=torch.uint8)
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"a tensor of {size} bytes does not fit") from error
     if sys.platform == "linux":
-        block.madvise(mmap.MADV_HUGEPAGE)  # 2 MB a page fault, where the system has such pages
+        with contextlib.suppress(OSError):  # a kernel without pages of 2 MB, which make for fewer page faults
+            block.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(block, dtype=torch.uint8)
 
 
@@ -196,5 +216,6 @@ def _write_tensor(file: HashedFile, name: str, lazy: LazyTensor) -> None:
     tensor = lazy.make()
     found = (tuple(tensor.shape), tensor.dtype)
     assert found == (lazy.shape, lazy.dtype), f"{name}: {found} was made, {(lazy.shape, lazy.dtype)} announced"
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    with one_thread():
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(data.numpy().data)

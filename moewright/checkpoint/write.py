@@ -135,6 +135,11 @@ class FolderWriter:
         with writing(self.target):
             self._records[name] = write_bytes(self.path / name, json_bytes(value))
 
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file in UTF-8."""
+        with writing(self.target):
+            self._records[name] = write_bytes(self.path / name, text.encode())
+
     def copy_companions(self, source: Path) -> list[str]:
         """Copy tokenizer, generation and licence files (an allow-list) from a model folder; returns their names.
 

@@ -132,6 +132,8 @@ def evaluate_files(
     `track(total)` is called once with the number of tokens to score and returns an `on_tokens`.
     """
     model = load_model(folder)
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"{folder}: an encoder-decoder ({model.config.model_type}) has no perplexity of a text alone")
     window = window or min(WINDOW, model.config.max_position_embeddings)
     texts = tokenise(folder, files, vocabulary=model.config.vocab_size)
     on_tokens = None if track is None else track(sum(max(len(text) - 1, 0) for text in texts))

@@ -60,6 +60,10 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
         record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
     else:
         model, record = upcycle_model(config.model, config.upcycle, dtype=torch.float32)
+    if model.config.is_encoder_decoder:
+        raise UsageError(
+            f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
+        )
     configure(model, **asdict(config.moe))
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)

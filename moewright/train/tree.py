@@ -4,8 +4,11 @@ Allowed fields: bool, int, float, str, `Literal` of strings, `tuple` of one of t
 dataclass, and any of them `| None`. Errors name the key, what was found, and what is allowed.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import json
 import math
 import tomllib
@@ -89,7 +92,7 @@ def build(kind: type[Tree], mapping: Mapping[str, Any], *, source: str, prefix: 
 
 
 def _convert(kind: Any, value: Any, *, name: str, source: str) -> Any:
-    kind = _required(kind)
+    kind = required(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise UsageError(f"{name} = {_show(value)}: a table is expected, [{name}]")
@@ -146,7 +149,7 @@ def defaults(kind: type["DataclassInstance"], *, prefix: str = "") -> dict[str, 
     """`{"section.key": default}` of the fields of `kind` and its tables, as `flatten` writes values."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        table = _required(get_type_hints(kind)[field.name])
+        table = required(get_type_hints(kind)[field.name])
         if isinstance(table, type) and dataclasses.is_dataclass(table):
             flat |= defaults(table, prefix=f"{prefix}{field.name}.")
         if field.default is not dataclasses.MISSING:
@@ -155,7 +158,18 @@ def defaults(kind: type["DataclassInstance"], *, prefix: str = "") -> dict[str, 
     return flat
 
 
-def _required(kind: Any) -> Any:
+def sentences(kind: type["DataclassInstance"]) -> dict[str, str]:
+    """What stands under each field of a dataclass in its source, on one line."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, below in itertools.pairwise(definition.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            found[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return found
+
+
+def required(kind: Any) -> Any:
     """The type of a field without its `| None`."""
     if get_origin(kind) in (Union, types.UnionType):
         (kind,) = (part for part in get_args(kind) if part is not types.NoneType)

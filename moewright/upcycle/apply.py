@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moewright.backbone.folder import fill
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.files import record_of, require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
+from moewright.data.documents import digest
 from moewright.errors import ModelError
 from moewright.evaluate.perplexity import tokenise
 from moewright.upcycle.config import UpcycleConfig
@@ -34,7 +35,8 @@ class UpcycleReport:
     written: bool
     summary: dict[str, Any]
     layers: list[dict[str, Any]]
-    """By sparse layer: factors of gate, up and down, and the weight sum where one was calibrated."""
+    """By sparse layer: factors of gate, up and down; the weight sum where one was calibrated, and the relative error of
+    the layer's output where the model was compared."""
     comparisons: list[Comparison]
 
     def as_dict(self) -> dict[str, Any]:
@@ -53,7 +55,6 @@ def upcycle_folder(
     *,
     dtype: torch.dtype | None = None,
     format: str | None = None,  # noqa: A002  # as the command line calls it
-    calibration_text: Path | None = None,
     verify_text: Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -71,11 +72,10 @@ def upcycle_folder(
     """
     source, target = Path(source), Path(target)
     folder = ModelFolder(source, allow_nonfinite=allow_nonfinite)
-    writer = FolderWriter(target, overwrite=overwrite, sources=[source])
+    writer = FolderWriter(target, overwrite=overwrite, sources=[source, *map(Path, config.siblings)])
     vocabulary = int(folder.config.get("vocab_size", 0))
-    texts = None if calibration_text is None else tokenise(source, [calibration_text], vocabulary=vocabulary)
     verify_texts = None if verify_text is None else tokenise(source, [verify_text], vocabulary=vocabulary)
-    plan = UpcyclePlan(folder, config, dtype=dtype, format=format, calibration_texts=texts)
+    plan = UpcyclePlan(folder, config, dtype=dtype, format=format)
     summary = plan.summary()
     if dry_run:
         if verify_text is not None:
@@ -83,7 +83,7 @@ def upcycle_folder(
         disk = next(parent for parent in target.absolute().parents if parent.exists())
         require_space(disk, summary["bytes"])
         summary["free_bytes"] = shutil.disk_usage(disk).free
-        return UpcycleReport(target, False, summary, _layers(plan), [])
+        return UpcycleReport(target, False, summary, _layers(plan, []), [])
     comparisons: list[Comparison] = []
     folder.start_fingerprint()
     with writer:
@@ -94,7 +94,7 @@ def upcycle_folder(
         if verify_texts is not None:
             comparisons += _verify(plan, writer.path, verify_texts)
         writer.commit(provenance(plan, comparisons) | plan.form.record(plan.model))
-    return UpcycleReport(target, True, summary, _layers(plan), comparisons)
+    return UpcycleReport(target, True, summary, _layers(plan, comparisons), comparisons)
 
 
 def upcycle_model(
@@ -112,10 +112,11 @@ def upcycle_model(
 def _verify(plan: UpcyclePlan, folder: Path, texts: list[Tensor]) -> list[Comparison]:
     """Compare what was written with its source; `ModelError` if an exact scale is not exact in float32.
 
-    In float32 only the method can differ, in narrower dtypes also the rounding: both are reported.
+    In float32 only the method can differ, in narrower dtypes also the rounding: both are reported. Of several siblings
+    the first is the source: how far the mixture is from it says little, but its perplexity says whether it works.
     """
     comparisons = [
-        compare(plan.folder.path, folder, texts, dtype=dtype, granularity=plan.config.granularity)
+        compare(plan.folder.path, folder, texts, dtype=dtype, granularity=plan.config.tied)
         for dtype in dict.fromkeys((plan.dtype, torch.float32))
     ]
     found = comparisons[-1].relative_logit_difference
@@ -129,23 +130,35 @@ def _verify(plan: UpcyclePlan, folder: Path, texts: list[Tensor]) -> list[Compar
 
 def provenance(plan: UpcyclePlan, comparisons: list[Comparison]) -> dict[str, Any]:
     """Where a sparse model comes from, for `moewright.json`; the same run says the same bytes."""
+    config = plan.config
+    files: dict[str, Any] = {}
+    if plan.folders[1:]:
+        files["siblings"] = [folder.fingerprint() for folder in plan.folders[1:]]
+    if config.prompts is not None:
+        files["prompts"] = record_of(Path(config.prompts))["sha256"]
+    if config.calibration_text is not None:
+        files["calibration_text"] = digest([config.calibration_text])
     return {
         "upcycle": {
             "dtype": str(plan.dtype).removeprefix("torch."),
-            "layers": _layers(plan),
-            "settings": asdict(plan.config),
-            "source": {"model_type": plan.family.model_type, "sha256": plan.folder.fingerprint()},
+            "layers": _layers(plan, comparisons),
+            "settings": config.settings(),
+            "source": {"model_type": plan.family.model_type, "sha256": plan.folder.fingerprint()} | files,
             "verification": [comparison.as_dict() for comparison in comparisons],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
     }
 
 
-def _layers(plan: UpcyclePlan) -> list[dict[str, Any]]:
+def _layers(plan: UpcyclePlan, comparisons: list[Comparison]) -> list[dict[str, Any]]:
     rows = []
     for layer, factor in plan.factors.items():
         row: dict[str, Any] = {"layer": layer} | asdict(factor)
+        if not plan.config.shared_size:
+            row = {name: value for name, value in row.items() if not name.startswith("shared_")}
         if layer in plan.weight_sums:
             row["weight_sum"] = plan.weight_sums[layer]
+        if comparisons:
+            row["output_error"] = comparisons[-1].layer_errors[layer]
         rows.append(row)
     return rows

@@ -21,15 +21,21 @@ def batch_importance(weights: Mapping[str, Tensor], gradients: Mapping[str, Tens
     block has: gate and biases are weights of the neuron like the others (the paper's blocks have no gate, and its
     formula no bias). `down_bias` belongs to no neuron.
     """
-    total: Tensor | None = None
-    for part, weight in weights.items():
-        if part == "down_bias":
-            continue
-        # In float32 at least: the products of 16-bit weights and gradients may be below what 16 bits can hold.
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        product = weight.detach().to(wide) * gradients[part].to(wide)
-        if product.dim() > 1:
-            product = product.sum(dim=1 - neuron_dim(part), dtype=torch.float64)
-        total = product.double() if total is None else total + product
-    assert total is not None, "a block without weights"
-    return total.abs()
+    assert weights, "a block without weights"
+    return (
+        torch.stack(
+            [first_order(part, weight, gradients[part]) for part, weight in weights.items() if part != "down_bias"]
+        )
+        .sum(dim=0)
+        .abs()
+    )
+
+
+def first_order(part: str, weight: Tensor, gradient: Tensor) -> Tensor:
+    """The sum of weight times gradient over each neuron's share of one part: (W,) float64, with its sign."""
+    # In float32 at least: the products of 16-bit weights and gradients may be below what 16 bits can hold.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    product = weight.detach().to(wide) * gradient.to(wide)
+    if product.dim() > 1:
+        product = product.sum(dim=1 - neuron_dim(part), dtype=torch.float64)
+    return product.double()

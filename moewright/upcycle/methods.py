@@ -8,43 +8,14 @@ the dtype to be written (`scaled`). A block has the parts `gate` and `up`, (W, D
 `gate_bias` and `up_bias`, (W,), and `down_bias`, (D,), which belongs to the block and to no neuron (`bias_factors`).
 """
 
-from dataclasses import dataclass
-from typing import Final, Literal, get_args
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from moewright.errors import UsageError
 from moewright.moe.config import SharedMode
-from moewright.upcycle.routers import normal_rows, repeated
+from moewright.upcycle.config import Changes
 from moewright.upcycle.seeds import generator
-
-IndexSets = Literal["shared", "separate"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """How experts are made different from the dense block, and from each other; by default not at all."""
-
-    noise: float = 0.0
-    """Standard deviation of Gaussian noise on each matrix of an expert, relative to that of its own elements."""
-
-    redraw: float = 0.0
-    """r of Drop-Upcycling (arXiv 2502.19261): the fraction of an expert's neurons that is drawn anew."""
-
-    redraw_sets: IndexSets = "shared"
-    """Whether gate, up and down lose the same neurons, as the paper says, or `separate` ones, as its code does."""
-
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.noise < float("inf"):
-            raise UsageError(f"noise={self.noise}: it must be a finite number, 0 or more")
-        if not 0.0 <= self.redraw <= 1.0:
-            raise UsageError(f"redraw={self.redraw}: it must be a fraction from 0 to 1")
-        if self.redraw_sets not in get_args(IndexSets):
-            raise UsageError(f"redraw_sets={self.redraw_sets!r}: choose one of {', '.join(get_args(IndexSets))}")
-
 
 UNCHANGED: Final = Changes()
 
@@ -177,6 +148,20 @@ def bias_factors(*, weight_sum: float = 1.0, shared_mode: SharedMode | None = No
     return 0.0, share_factors(shared_mode)[1]
 
 
+def new_neurons(dense: Tensor, part: str, *, size: int, layer: int, seed: int) -> Tensor:
+    """A part of a shared expert that stands beside the block and at first adds nothing.
+
+    Gate and up, (W, D) -> (S, D), are drawn from N(mean, std^2) of the block's own; down, (D, W) -> (D, S), and the
+    biases of gate and up, (W,) -> (S,), are zeros. Float32 or wider.
+    """
+    shape = (size, *dense.shape[1:]) if part != "down" else (dense.shape[0], size)
+    if part not in ("gate", "up"):
+        return torch.zeros(shape, dtype=_wide(dense))
+    std, mean = torch.std_mean(dense.to(_wide(dense)), correction=0)
+    draws = generator(seed, layer=layer, stream=f"shared/{part}")
+    return mean + std * torch.randn(shape, generator=draws).to(mean.dtype)
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
@@ -184,21 +169,3 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _normal_like(tensor: Tensor, draws: torch.Generator) -> Tensor:
     # Drawn in float32 whatever the dtype, so that models that differ in it alone get the same draws.
     return torch.randn(tensor.shape, generator=draws).to(tensor.dtype)
-
-
-def shard(dense: Tensor, part: str, *, expert: int, granularity: int) -> Tensor:
-    """An expert's part of a dense projection, a view.
-
-    `gate` and `up`, (G*F, D), and their biases, (G*F,), are cut by rows; `down`, (D, G*F), by columns into (D, F).
-    """
-    dim = 1 if part == "down" else 0
-    width = dense.shape[dim] // granularity
-    return dense.narrow(dim, (expert % granularity) * width, width)
-
-
-def router_rows(
-    *, experts: int, hidden_size: int, granularity: int, std: float, seed: int, layer: int, dtype: torch.dtype
-) -> Tensor:
-    """The router (E, D): E/G rows from N(0, std^2), each repeated G times."""
-    rows_MD = normal_rows(experts // granularity, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
-    return repeated(rows_MD, granularity=granularity, dtype=dtype)

@@ -8,12 +8,67 @@ into parts is as good as another at step 0. A *partition* is an int64 tensor (P,
 that is drawn comes from a generator of the layer's own.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from moewright.errors import UsageError
 from moewright.upcycle.cluster import balanced_clusters
+from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.seeds import generator
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which neurons of one layer's dense block the experts hold."""
+
+    routed_EF: Tensor
+    """int64, a row for each routed expert."""
+    shared_S: Tensor | None
+    """Those that the shared expert has in place of the routed ones."""
+    factors_EF: Tensor | None
+    """What each neuron's output is multiplied by on top of the layer's factors; None: nothing."""
+
+
+def held_neurons(
+    config: UpcycleConfig,
+    *,
+    width: int,
+    layer: int,
+    features: Callable[[], Tensor],
+    importance_W: Tensor | None,
+) -> Held:
+    """Deal out a block's neurons as a resolved config says.
+
+    `features()` makes (W, A) numbers by which neurons are clustered, where they are; `importance_W` is
+    needed where `config.needs_importance`.
+    """
+    N, G = config.experts, config.granularity
+    shared_S, left_R = None, torch.arange(width)
+    if config.carved:
+        by_importance = config.shared_neurons == "important"
+        shared_S, left_R = carve(width, size=config.carved, importance_W=importance_W if by_importance else None)
+    if config.neurons == "important":
+        assert importance_W is not None, "importance is measured before neurons are dealt out"
+        routed_EF = left_R[important(importance_W[left_R], experts=N, shared=config.common)]
+    else:
+        count, seed = len(left_R), config.seed
+        if config.neurons == "contiguous":
+            partition_PF = contiguous(count, parts=G)
+        elif config.neurons == "round-robin":
+            partition_PF = round_robin(count, parts=G)
+        elif config.neurons == "shuffled":
+            partition_PF = shuffled(count, parts=G, seed=seed, layer=layer)
+        else:
+            partition_PF = clustered(features()[left_R], parts=G, seed=seed, layer=layer)
+        routed_EF = virtual_groups(left_R[partition_PF], experts=N)
+    if config.permute:
+        routed_EF = permuted(routed_EF, seed=config.seed, layer=layer)
+    uneven = config.common and config.scale != "none"
+    factors_EF = neuron_factors(routed_EF, width=width, top_k=config.top_k) if uneven else None
+    return Held(routed_EF, shared_S, factors_EF)
 
 
 def contiguous(width: int, *, parts: int) -> Tensor:

@@ -4,8 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moewright.backbone.family import Family, chosen_layers, family_of
-from moewright.backbone.folder import Form, constant, empty_model_of, form_of
+from moewright.backbone.folder import Form, constant, empty_model_of, form_of, load_model
 from moewright.backbone.formats import is_sparse
 from moewright.backbone.graft import graft
 from moewright.backbone.layout import Piece, Slot
@@ -22,12 +21,19 @@ from moewright.backbone.sizes import bytes_of, parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
+from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import ModelError, UsageError
+from moewright.evaluate.perplexity import tokenise
 from moewright.moe.config import MoEConfig
-from moewright.upcycle.calibrate import calibrate
+from moewright.upcycle.calibrate import expected_weight_sums
+from moewright.upcycle.cluster import activation_features, unit_rows
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.methods import router_rows, shard
-from moewright.upcycle.scale import Factors, factors
+from moewright.upcycle.methods import expert_part, new_neurons, scaled
+from moewright.upcycle.neurons import Held, held_neurons
+from moewright.upcycle.observe import Observed, Wanted, observe, prompt_states, read_prompts
+from moewright.upcycle.routers import repeated, start_rows
+from moewright.upcycle.scale import Factors, factors, mean_weight_sum
+from moewright.upcycle.siblings import average, check_siblings, sibling_of
 
 
 class UpcyclePlan:
@@ -35,10 +41,12 @@ class UpcyclePlan:
 
     `model` is the sparse model with its parameters on meta, `form` what it is written as,
     `config` the settings with all defaults in place, `factors` what each layer's projections are
-    multiplied by.
+    multiplied by, `folders` the source and its siblings. What is measured, is measured on the source.
 
-    Raises `ModelError` (the source is no dense model that we know, or no layout holds the result) and
-    `UsageError` (widths or layers that the settings do not fit).
+    `calibration_texts` are token ids in place of the config's calibration text.
+
+    Raises `ModelError` (the source is no dense model that we know, a sibling is none, or no layout holds the result),
+    `UsageError` (widths or layers that the settings do not fit, a text that is missing) and `DataError`.
     """
 
     def __init__(
@@ -50,81 +58,177 @@ class UpcyclePlan:
         format: str | None = None,  # noqa: A002  # as the command line calls it
         calibration_texts: Sequence[Tensor] | None = None,
     ) -> None:
-        if is_sparse(folder.config):
-            raise ModelError(
-                f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
-            )
-        self._dense = empty_model_of(folder)[0]  # names and shapes are checked before anything is read
-        backbone = self._dense.config
         self.folder = folder
-        self.dtype = dtype or folder.dtype()
+        self.folders = [
+            folder,
+            *(ModelFolder(path, allow_nonfinite=folder.allow_nonfinite) for path in config.siblings),
+        ]
+        self._dense = _dense_model(self.folders)  # names and shapes are checked before anything is read
+        self.backbone: PreTrainedConfig = self._dense.config
+        backbone = self.backbone
+        self.dtype = dtype or reduce(torch.promote_types, (each.dtype() for each in self.folders))
         self.config = config.resolved(hidden_size=backbone.hidden_size)
         self.family = family_of(backbone)
-        layers = {
+        self.layers = {
             layer: _moe_config(self.config, self.family, backbone, layer=layer)
             for layer in chosen_layers(config.layers, backbone)
         }
-        for moe in dict.fromkeys(layers.values()):
-            _warn_of(self.config, moe, calibrates=calibration_texts is not None)
-        dropout = self.family.activation_dropout
-        if dropout is not None and (rate := getattr(backbone, dropout)):
-            warnings.warn(
-                f"{dropout}={rate}: experts have no dropout between their projections; in training it acts in the "
-                "blocks that stay dense",
-                stacklevel=2,
-            )
+        texts = calibration_texts
+        if texts is None and config.calibration_text is not None:
+            texts = tokenise(folder.path, [config.calibration_text], vocabulary=backbone.vocab_size)
+        _warn_of(config, self, calibrates=texts is not None)
         self.model: PreTrainedModel = empty_model(copy.deepcopy(backbone), dtype=self.dtype)
         if has_tied_head(self.model) and not has_tied_head(self._dense):
             untie_head(self.model)
-        graft(self.model, layers)
+        graft(self.model, self.layers)
         self.form: Form = form_of(self.model, wanted=format)
-        self.layers = layers
-        self._projection = lru_cache(maxsize=6)(folder.read)  # the block of the layer at hand
-        self.weight_sums: dict[int, float] = {}
-        if self.config.scale == "calibrated":
-            self.weight_sums = calibrate(
-                folder, {layer: self.router(layer) for layer in layers}, top_k=config.top_k, texts=calibration_texts
-            )
+        self.held = cache(self._held)
+        self.router = cache(self._router)
+        # The block of the layer at hand, of each model.
+        self._projection = lru_cache(maxsize=6 * len(self.folders))(lambda owner, name: self.folders[owner].read(name))
+        self._states: dict[int, list[list[Tensor]]] = {}
+        self._observed = Observed()
+        self._measure(texts)
+        self.weight_sums = self._weight_sums(texts) if self.config.scale == "calibrated" else {}
         self.factors: dict[int, Factors] = {
-            layer: factors(self.config, moe, weight_sum=self.weight_sums.get(layer)) for layer, moe in layers.items()
+            layer: factors(self.config, moe, weight_sum=self.weight_sums.get(layer))
+            for layer, moe in self.layers.items()
         }
 
-    def router(self, layer: int) -> Tensor:
-        """The router's rows of a layer, (N, D)."""
-        std = self.config.router_std
-        assert std is not None
-        return router_rows(
-            experts=self.config.experts,
-            hidden_size=self.layers[layer].hidden_size,
-            granularity=self.config.granularity,
-            std=std,
-            seed=self.config.seed,
+    def _measure(self, texts: Sequence[Tensor] | None) -> None:
+        """Load the source and run it on prompts and text, as far as the settings need it."""
+        config = self.config
+        if texts is None and (setting := config.needs_text()):
+            raise UsageError(
+                f"{setting} is measured on text: give a calibration text like what the model will see "
+                "(--calibration-text, or calibration_text in a run file)"
+            )
+        reads = config.router_start == "prompts"
+        observes = texts is not None and config.uses_text()
+        if not (reads or observes):
+            return
+        model = load_model(self.folder.path, dtype=torch.float32)
+        if reads:
+            assert config.prompts is not None, "UpcycleConfig asks for them"
+            tokenizer = load_tokenizer(self.folder.path, vocabulary=model.config.vocab_size)
+            prompts = [
+                [torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64) for text in group]
+                for group in read_prompts(Path(config.prompts), groups=config.groups)
+            ]
+            self._states = prompt_states(model, self.layers, prompts)
+        if observes:
+            assert texts is not None
+            centroids = config.router_start == "centroids"
+            measures = config.scale == "calibrated" and not centroids  # whose rows are made of what is seen
+            wanted = Wanted(
+                routers={layer: self.router(layer) for layer in self.layers} if measures else {},
+                top_k=config.top_k,
+                inputs=centroids,
+                hidden=config.neurons == "clustered",
+                importance=config.needs_importance,
+                seed=config.seed,
+            )
+            self._observed = observe(model, self.layers, texts, wanted=wanted)
+
+    def _weight_sums(self, texts: Sequence[Tensor] | None) -> dict[int, float]:
+        """By layer, measured on the text (of `centroids` on its sample), or else as the norms let one expect."""
+        routers = {layer: self.router(layer) for layer in self.layers}
+        if texts is None:
+            return expected_weight_sums(self.folder, self.backbone, routers, top_k=self.config.top_k)
+        return self._observed.weight_sums or {
+            layer: mean_weight_sum(self._observed.inputs[layer], router, top_k=self.config.top_k)
+            for layer, router in routers.items()
+        }
+
+    def _held(self, layer: int) -> Held:
+        """Which neurons the layer's experts hold."""
+
+        def features() -> Tensor:
+            if layer in self._observed.hidden:
+                return activation_features(self._observed.hidden[layer])
+            first = "gate" if self.layers[layer].gated else "up"
+            name, rows = self.family.projection(self.backbone, first, layer)
+            return unit_rows(self.folder.read(name)[rows])
+
+        return held_neurons(
+            self.config,
+            width=self.family.size_of(self.backbone, layer),
             layer=layer,
-            dtype=self.dtype,
+            features=features,
+            importance_W=self._observed.importance.get(layer),
         )
 
+    def _router(self, layer: int) -> Tensor:
+        """The router's rows of a layer, (N, D)."""
+        rows_MD = start_rows(
+            self.config,
+            hidden_size=self.layers[layer].hidden_size,
+            layer=layer,
+            inputs_TD=self._observed.inputs.get(layer),
+            states=self._states.get(layer),
+        )
+        return repeated(rows_MD, granularity=self.config.tied, dtype=self.dtype)
+
     def tensor(self, slot: Slot) -> Tensor:
-        """Make one tensor of the sparse model from the dense folder, in the dtype to be written."""
+        """Make one tensor of the sparse folder from the dense ones, in the dtype to be written."""
         dtype = slot.dtype or self.dtype
         if slot.fill is not None:
             return constant(slot, dtype)
         if not slot.pieces:
             assert slot.target is not None, "what has no pieces is a tensor of the dense model"
-            return self.folder.read(self.family.on_disk(slot.target)).to(dtype)
+            name = self.family.on_disk(slot.target)
+            if len(self.folders) == 1:
+                return self.folder.read(name).to(dtype)
+            return average((folder.read(name) for folder in self.folders), name=name, dtype=dtype)
         made = [self.piece(piece, dtype=dtype) for piece in slot.pieces]
-        return (made[0] if len(made) == 1 else torch.cat([tensor.flatten() for tensor in made])).view(slot.shape)
+        found = (made[0] if len(made) == 1 else torch.cat([tensor.flatten() for tensor in made])).view(slot.shape)
+        return found if slot.factor == 1.0 else found * slot.factor
 
     def piece(self, piece: Piece, *, dtype: torch.dtype) -> Tensor:
-        """Make one part of one expert, or a router."""
-        if piece.part == "router":
-            return self.router(piece.layer).to(dtype)
-        name, rows = self.family.projection(self._dense.config, piece.part, piece.layer)
-        dense = self._projection(name)[rows]
-        if piece.part != "down_bias":
-            dense = shard(dense, piece.part, expert=piece.expert, granularity=self.config.granularity)
-        factor = getattr(self.factors[piece.layer], piece.part)
-        # Scaled in float32, so that the dtype to be written rounds once.
-        return (dense if factor == 1.0 else dense.float() * factor).to(dtype).contiguous()
+        """Make one part of one expert, of the shared expert, or a router."""
+        part, layer = piece.part, piece.layer
+        if part == "router":
+            return self.router(layer).to(dtype)
+        if part.startswith("shared_switch"):
+            rows = 1 if self.layers[layer].shared_mode == "gated" else 2
+            return torch.zeros((rows, self.layers[layer].hidden_size) if part == "shared_switch" else rows, dtype=dtype)
+        shared = part.startswith("shared_")
+        dense, part = self._source(piece), part.removeprefix("shared_")
+        factor = getattr(self.factors[layer], piece.part, 1.0)
+        if part == "down_bias":
+            made = scaled(dense, factor=factor, dtype=dtype)
+        elif shared and self.config.shared_neurons == "new":
+            size, seed = self.config.shared_size, self.config.seed
+            made = scaled(new_neurons(dense, part, size=size, layer=layer, seed=seed), factor=factor, dtype=dtype)
+        elif shared:
+            neurons_S = self.held(layer).shared_S
+            assert neurons_S is not None, "a shared expert of old neurons"
+            made = expert_part(dense, part, neurons_F=neurons_S, layer=layer, expert=-1, factor=factor, dtype=dtype)
+        else:
+            held = self.held(layer)
+            if part == "down" and held.factors_EF is not None:
+                factor = factor * held.factors_EF[piece.expert]
+            made = expert_part(
+                dense,
+                part,
+                neurons_F=held.routed_EF[piece.expert],
+                layer=layer,
+                expert=piece.expert,
+                changes=self.config.changes,
+                factor=factor,
+                dtype=dtype,
+            )
+        return made.contiguous()
+
+    def _source(self, piece: Piece) -> Tensor:
+        """The part of the dense block that a piece comes from: of one sibling, or the mean for a shared expert."""
+        name, rows = self.family.projection(self.backbone, piece.part.removeprefix("shared_"), piece.layer)
+        count = len(self.folders)
+        if piece.expert >= 0 or count == 1:
+            owner = sibling_of(max(piece.expert, 0), granularity=self.config.granularity, siblings=count)
+            return self._projection(owner, name)[rows]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return average((self._projection(owner, name)[rows] for owner in range(count)), name=name, dtype=wide)
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the sparse folder, in the order of writing."""
@@ -136,14 +240,14 @@ class UpcyclePlan:
     def _memory_needed(self) -> int:
         """Bytes held at a time while writing; calibration and verification load a model besides."""
         first = min(self.layers)
-        form = self.family.form_of(self._dense.config)
+        form = self.family.form_of(self.backbone)
         parts = ("gate", "up", "down") if form.gated and not form.fused else ("up", "down")
-        names = [self.family.projection(self._dense.config, part, first)[0] for part in parts]
+        names = [self.family.projection(self.backbone, part, first)[0] for part in parts]
         block = sum(bytes_of(self._dense.get_parameter(name)) for name in names)
         largest = max(
             math.prod(slot.shape) * (slot.dtype or self.dtype).itemsize for slot in self.form.slots(self.model)
         )
-        return max(2 * block, 2 * largest)
+        return max(2 * block * len(self.folders), 2 * largest)
 
     def config_fields(self) -> dict[str, Any]:
         """config.json of the sparse folder."""
@@ -162,7 +266,7 @@ class UpcyclePlan:
             "sparse_layers": len(self.layers),
             "dense_layers": len(self.family.places(sparse.config)) - len(self.layers),
             "expert_width": moe.expert_size,
-            "settings": asdict(self.config),
+            "settings": self.config.settings(),
             "parameters": {"dense": before.total, "total": after.total, "active": after.active},
             "flops_per_token": {
                 "dense": 2 * before.multiplied,
@@ -174,40 +278,84 @@ class UpcyclePlan:
         }
 
 
-def _warn_of(config: UpcycleConfig, moe: MoEConfig, *, calibrates: bool) -> None:
+def _dense_model(folders: Sequence[ModelFolder]) -> PreTrainedModel:
+    """The dense model of the first folder, with its parameters on meta; the others are its siblings."""
+    models = []
+    for folder in folders:
+        if is_sparse(folder.config):
+            raise ModelError(
+                f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
+            )
+        models.append(empty_model_of(folder)[0])
+    if len(folders) > 1:
+        check_siblings(folders)
+        for folder, model in zip(folders, models, strict=True):
+            if has_tied_head(model) != has_tied_head(models[0]):
+                raise ModelError(
+                    f"{folder.path} is no sibling of {folders[0].path}: only one of them has tied embeddings; mix "
+                    "models fine-tuned from one model"
+                )
+    return models[0]
+
+
+def _warn_of(config: UpcycleConfig, plan: UpcyclePlan, *, calibrates: bool) -> None:
     """Warn of what is allowed, and yet will surprise."""
-    if config.router_order == "topk-softmax" and config.top_k == 1:
+    for text in config.ignored():
+        warnings.warn(text, stacklevel=3)
+    if plan.config.router_order == "topk-softmax" and config.top_k == 1:
         warnings.warn(
             "top_k=1 with router_order=topk-softmax: the one weight is always 1, so the router learns nothing from "
             "the model's loss; softmax-topk trains it",
             stacklevel=3,
         )
-    if calibrates and config.scale != "calibrated":
-        warnings.warn(f"the calibration text is ignored: scale={config.scale} needs none", stacklevel=3)
-    if moe.expert_size % 8:
+    if calibrates and not config.uses_text():
         warnings.warn(
-            f"an expert width of {moe.expert_size} is no multiple of 8: the grouped products of transformers and of "
-            "serving runtimes refuse it in bfloat16, and ours pads it",
+            f"the calibration text is ignored: scale={plan.config.scale} with neurons={config.neurons} needs none",
+            stacklevel=3,
+        )
+    for size in dict.fromkeys(moe.expert_size for moe in plan.layers.values()):
+        if size % 8:
+            warnings.warn(
+                f"an expert width of {size} is no multiple of 8: the grouped products of transformers and of "
+                "serving runtimes refuse it in bfloat16, and ours pads it",
+                stacklevel=3,
+            )
+    dropout = plan.family.activation_dropout
+    if dropout is not None and (rate := getattr(plan.backbone, dropout)):
+        warnings.warn(
+            f"{dropout}={rate}: experts have no dropout between their projections; in training it acts in the "
+            "blocks that stay dense",
             stacklevel=3,
         )
 
 
 def _moe_config(config: UpcycleConfig, family: Family, backbone: PreTrainedConfig, *, layer: int) -> MoEConfig:
     dense_size = family.size_of(backbone, layer)
-    if dense_size % config.granularity:
+    routed_size = dense_size - config.carved
+    if routed_size < 1:
         raise UsageError(
-            f"granularity={config.granularity} does not divide the feed-forward width {dense_size}; "
-            f"use one of {', '.join(str(g) for g in range(1, 65) if dense_size % g == 0)}"
+            f"shared_size={config.shared_size}: a shared expert carved from a width of {dense_size} takes 1 to "
+            f"{dense_size - 1}; shared_neurons=new puts one beside the block"
+        )
+    if routed_size % config.granularity:
+        what = f"feed-forward width {dense_size}"
+        if config.carved:
+            what = f"{routed_size} neurons that a shared expert of {config.carved} leaves of the {what}"
+        raise UsageError(
+            f"granularity={config.granularity} does not divide the {what}; "
+            f"use one of {', '.join(str(g) for g in range(1, 65) if routed_size % g == 0)}"
         )
     return MoEConfig(
         hidden_size=backbone.hidden_size,
-        expert_size=dense_size // config.granularity,
+        expert_size=routed_size // config.granularity,
         num_experts=config.experts,
         top_k=config.top_k,
         router_order=config.resolved_order(),
         activation=family.activation_of(backbone),
         gated=family.form_of(backbone).gated,
         expert_bias=family.biased(backbone),
+        shared_size=config.shared_size,
+        shared_mode=config.shared_mode if config.shared_size else "added",
     )
 
 

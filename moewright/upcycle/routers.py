@@ -19,10 +19,40 @@ from torch import Tensor, nn
 
 from moewright.errors import DataError, UsageError
 from moewright.upcycle.cluster import balanced_clusters, unit_rows
+from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.seeds import generator
 
 SAME = 1e-4
 """Rows nearer to each other than this times their length are one row to bfloat16, and to us."""
+
+
+def start_rows(
+    config: UpcycleConfig,
+    *,
+    hidden_size: int,
+    layer: int,
+    inputs_TD: Tensor | None = None,
+    states: Sequence[Sequence[Tensor]] | None = None,
+) -> Tensor:
+    """The rows of a layer's router for a resolved config, (M, D): `normal`, `zeros`, `orthogonal`, or from data.
+
+    `inputs_TD` are hidden states for `centroids`, `states` those of each group's prompts for `prompts`.
+    """
+    groups, seed, std = config.groups, config.seed, config.router_std
+    assert std is not None and config.router_logit_std is not None, "a resolved config"  # noqa: PT018
+    if config.router_start == "zeros":
+        return zero_rows(groups, hidden_size=hidden_size)
+    if config.router_start == "orthogonal":
+        return orthogonal_rows(groups, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
+    if config.router_start == "centroids":
+        assert inputs_TD is not None, "hidden states are observed before the router is made"
+        rows_MD = centroid_rows(inputs_TD, groups=groups, seed=seed, layer=layer)
+        return with_logit_std(rows_MD, inputs_TD, std=config.router_logit_std)
+    if config.router_start == "prompts":
+        assert states is not None, "prompts are read before the router is made"
+        all_TD = torch.cat([state_TD for prompts in states for state_TD in prompts])
+        return with_logit_std(prompt_rows(states), all_TD, std=config.router_logit_std)
+    return normal_rows(groups, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
 
 
 def repeated(rows_MD: Tensor, *, granularity: int, dtype: torch.dtype) -> Tensor:
@@ -35,21 +65,14 @@ def normal_rows(groups: int, *, hidden_size: int, std: float, seed: int, layer: 
     return torch.randn(groups, hidden_size, generator=generator(seed, layer=layer)) * std
 
 
-def zero_rows(groups: int, *, hidden_size: int, granularity: int) -> Tensor:
-    """Zeros, for G = 1 alone.
+def zero_rows(groups: int, *, hidden_size: int) -> Tensor:
+    """Zeros, for G = 1 alone (`UpcycleConfig` refuses them else).
 
     All logits of all tokens tie then, and `torch.topk` takes the same K experts for each token: which ones is an
     accident of its implementation (of eight, on our CPUs: 6, 5, 4, 7, not the first four), and the others get no token
     until a balance loss or a selection bias has moved rows apart. The output at step 0 is right, since with G = 1 all
-    experts are equal. With G > 1 it is so only where those K happen to hold each shard equally often: refused.
-
-    Raises `UsageError`.
+    experts are equal. With G > 1 it is so only where those K happen to hold each shard equally often.
     """
-    if granularity > 1:
-        raise UsageError(
-            f"a router of zeros with granularity={granularity}: all experts tie, so a token's choice need not be whole "
-            "virtual groups; use normal or orthogonal rows, with a small std"
-        )
     return torch.zeros(groups, hidden_size)
 
 

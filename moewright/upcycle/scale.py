@@ -4,7 +4,8 @@ Letters: D model width, E experts (N in arXiv 2410.07524), K experts a token (T 
 
 With complete virtual groups the sparse layer computes `(s / G) * S * dense(x)`, where s is the sum of
 a token's combine weights and S the product of what the linear branches are scaled by. So S = G / s
-gives the dense layer back; what s is depends on the router order.
+gives the dense layer back; what s is depends on the router order. In a split without growth S = K / s, with which
+each part that a token is sent to counts in full, if its experts have equal weights (`neurons.neuron_factors`).
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
 from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.methods import bias_factors, share_factors
 
 SAMPLES = 4096
 
@@ -29,7 +31,10 @@ class Factors:
     up: float = 1.0
     down: float = 1.0
     down_bias: float = 1.0
-    """Of the bias that is added after the second product: each expert has all of it, so it needs 1 / s alone."""
+    """Of the bias that is added after the second product (`methods.bias_factors`)."""
+    shared_down: float = 1.0
+    shared_down_bias: float = 1.0
+    """Of the shared expert, whose first product is not scaled."""
 
     @property
     def gate_bias(self) -> float:
@@ -70,19 +75,27 @@ def published(total: float, moe: MoEConfig) -> Factors:
 def factors(config: UpcycleConfig, moe: MoEConfig, *, weight_sum: float | None = None) -> Factors:
     """The factors of one layer for a resolved config; `moe` says what form its experts have.
 
-    `weight_sum` is the mean over tokens of the sum of a token's combine weights, for `calibrated`.
+    `weight_sum` is the mean over tokens of the sum of a token's combine weights, for `calibrated`. With common neurons
+    `neurons.neuron_factors` are on top, of which the K of the others is a part.
     """
     N, T, G = config.experts, config.top_k, config.granularity
+    count = 1.0 if config.common else float(min(T, G))
+    mean = 1.0  # the weights of topk-softmax
+    if config.scale == "calibrated":
+        assert weight_sum is not None, "a calibrated scale needs its measurement"
+        mean = weight_sum
+    elif config.scale == "uniform" and config.router_order == "softmax-topk":
+        mean = T / N  # equation 2 of the paper takes each of the N experts to have probability 1/N
     if config.scale == "none":
-        return Factors()
-    if config.scale == "exact":
-        return balanced(float(G), degree=degree_of(moe))  # topk-softmax: the weights sum to 1
-    if config.scale == "uniform":
-        # Equation 2 of the paper takes each of the N experts to have probability 1/N, so s = T/N.
-        mean = T / N if config.router_order == "softmax-topk" else 1.0
-        return replace(published(G / mean, moe), down_bias=1 / mean)
-    assert weight_sum is not None, "a calibrated scale needs its measurement"
-    return replace(balanced(G / weight_sum, degree=degree_of(moe)), down_bias=1 / weight_sum)
+        found = Factors()
+    elif config.scale == "uniform":
+        found = published(G / mean, moe)
+    else:
+        found = balanced(count / mean, degree=degree_of(moe))
+    mode = moe.shared_mode if moe.shared_size else None
+    routed, shared = (1.0, 1.0) if mode is None else share_factors(mode)
+    bias, shared_bias = bias_factors(weight_sum=mean, shared_mode=mode)
+    return replace(found, down=found.down * routed, down_bias=bias, shared_down=shared, shared_down_bias=shared_bias)
 
 
 def mean_weight_sum(x_TD: Tensor, router_ED: Tensor, *, top_k: int) -> float:

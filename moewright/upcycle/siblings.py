@@ -36,17 +36,6 @@ def sibling_of(expert: int, *, granularity: int, siblings: int) -> int:
     return expert // granularity % siblings
 
 
-def require_siblings_fit(*, siblings: int, experts: int, granularity: int) -> None:
-    """`UsageError` unless every sibling owns equally many virtual groups, one at least."""
-    if siblings < 2:
-        raise UsageError(f"{siblings} model to mix: branch-train-mix takes two or more fine-tuned siblings")
-    if experts % (granularity * siblings):
-        raise UsageError(
-            f"experts={experts} with granularity={granularity} and {siblings} siblings: each owns equally many virtual "
-            f"groups, so use a multiple of {granularity * siblings} experts"
-        )
-
-
 def average(tensors: Iterable[Tensor], *, name: str, dtype: torch.dtype) -> Tensor:
     """The mean of the siblings' tensors of one name, rounded once to `dtype`.
 

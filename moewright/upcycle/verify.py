@@ -1,9 +1,10 @@
 """Dense against sparse on the same tokens: what upcycling changed."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from moewright.backbone.family import family_of
 from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.graft import moe_layers, moe_path
 from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError
 from moewright.moe.router import Routing
 
 VERIFY_TOKENS = 2048
 VERIFY_WINDOW = 512
+LAYER_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,15 @@ class Comparison:
     sparse_perplexity: float
     broken_groups: float
     """Share of (token, layer) pairs whose chosen experts are not whole virtual groups: a tie that rounding broke."""
+    layer_errors: dict[int, float] = field(default_factory=dict)
+    """By sparse layer, its output's difference from that of the dense block for the same inputs, over the length of the
+    latter (both as one vector, the block's inputs being the dense model's on at most 256 tokens)."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything in plain types; of the layers the largest error."""
+        facts = asdict(self)
+        errors = facts.pop("layer_errors").values()
+        return facts | ({"largest_layer_error": max(errors)} if errors else {})
 
 
 @dataclass(frozen=True)
@@ -54,19 +63,26 @@ class Reference:
     """float32 (S, V) for each window."""
     dtype: torch.dtype
     """What the model computed in."""
+    blocks: dict[int, tuple[Tensor, Tensor]]
+    """By layer, what its feed-forward block read and said of the first tokens, at most 256 of them: (T, D) each."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, texts: Sequence[Tensor], *, tokens: int = VERIFY_TOKENS) -> Self:
         """Ask the dense model; raises `DataError` if there are no two tokens."""
         windows = _windows(texts, tokens, longest=longest_text(model))
-        return cls(windows, [_logits(model, window) for window in windows], model.dtype)
+        logits = [_logits(model, window) for window in windows]
+        return cls(windows, logits, model.dtype, _blocks(model, windows[0][:LAYER_TOKENS]))
 
     def compare(self, model: PreTrainedModel, *, granularity: int) -> Comparison:
         """Compare a sparse model with it, a window at a time."""
         with _routings(model) as routings:
             found = (_logits(model, window) for window in self.windows)
             comparison = compare_logits(found, self.logits, self.windows, dtype=self.dtype)
-        return replace(comparison, broken_groups=broken_groups(routings, granularity=granularity))
+        return replace(
+            comparison,
+            broken_groups=broken_groups(routings, granularity=granularity),
+            layer_errors=layer_errors(model, self.blocks),
+        )
 
 
 def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.dtype, granularity: int) -> Comparison:
@@ -108,8 +124,20 @@ def compare_logits(
     )
 
 
+@torch.no_grad()
+def layer_errors(model: PreTrainedModel, blocks: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
+    """|moe(x) - block(x)| / |block(x)| of each sparse layer, for what a dense block read and said."""
+    found = {}
+    for layer, moe in moe_layers(model).items():
+        x_TD, y_TD = blocks[layer]
+        error, length = (moe(x_TD).double() - y_TD.double()).norm().item(), y_TD.double().norm().item()
+        # A block that says nothing: any difference is infinitely large, and none is none.
+        found[layer] = error / length if length else (math.inf if error else 0.0)
+    return found
+
+
 def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
-    """Share of rows of the chosen experts, (T, K) each, that are not made of whole virtual groups."""
+    """Share of rows of the chosen experts, (T, K) each, that are not whole virtual groups; 0 without experts."""
     broken = rows = 0
     for experts_TK in experts:
         groups_TK = (experts_TK // granularity).sort(dim=-1).values
@@ -117,7 +145,7 @@ def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
         runs = groups_TK.unflatten(-1, (-1, granularity))
         broken += int((runs != runs[..., :1]).any(dim=-1).any(dim=-1).sum())
         rows += len(experts_TK)
-    return broken / rows
+    return broken / rows if rows else 0.0
 
 
 def _windows(texts: Sequence[Tensor], tokens: int, *, longest: int) -> list[Tensor]:
@@ -135,6 +163,30 @@ def _windows(texts: Sequence[Tensor], tokens: int, *, longest: int) -> list[Tens
 @torch.no_grad()
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     return text_logits(model, window).float()
+
+
+def _blocks(model: PreTrainedModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Inputs and outputs of a dense model's blocks, (T, D) each, by layer; a block ends with its down projection."""
+    family = family_of(model.config)
+    places, down = family.places(model.config), family.form_of(model.config).down
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+
+    def read(module: nn.Module, args: tuple[Any, ...], *, layer: int) -> None:
+        inputs[layer] = args[0].reshape(-1, args[0].shape[-1])
+
+    def said(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, layer: int) -> None:
+        outputs[layer] = output.reshape(-1, output.shape[-1])
+
+    handles: list[Any] = []
+    for layer, place in enumerate(places):
+        start, end = model.get_submodule(moe_path(place)), model.get_submodule(place.path(down))
+        handles.append(start.register_forward_pre_hook(partial(read, layer=layer)))
+        handles.append(end.register_forward_hook(partial(said, layer=layer)))
+    _logits(model, ids)
+    for handle in handles:
+        handle.remove()
+    return {layer: (inputs[layer], outputs[layer]) for layer in inputs}
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""What growing changes before any training: SmolLM2-135M on real text, by width, depth and method.
+
+    python experiments/grow.py             # measure, write results/grow.json, renew the tables of docs/growing.md
+    python experiments/grow.py --tables    # renew the tables only
+
+Needs the demo's model (`make setup` installs it). The text is `argparse.py` of this Python's standard
+library (the first 512 tokens).
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+from moewright.backbone.folder import fill, load_model
+from moewright.demo.model import write_smollm2
+from moewright.evaluate.perplexity import tokenise
+from moewright.upcycle.grow import as_facts, plan_growth
+from moewright.upcycle.grow_config import GrowConfig
+from moewright.upcycle.verify import Reference
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "grow.json"
+PAGE = HERE.parent / "docs" / "growing.md"
+TOKENS = 512
+DOUBLE = {"hidden_size": 1152, "intermediate_size": 3072}
+
+WIDTH = [
+    {"intermediate_size": 2048},
+    DOUBLE,
+    {"hidden_size": 768},
+    *({"hidden_size": 768, "seed": seed} for seed in (0, 1)),
+    DOUBLE | {"width": "aki"},
+]
+DEPTH = [
+    DOUBLE | {"layers": 40, "width": width, "depth": depth}
+    for width in ("fpi", "aki")
+    for depth in ("stack", "interpolate")
+]
+
+
+def measure() -> dict[str, object]:
+    """Every row of the tables, by table."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_smollm2(Path(folder) / "dense")
+        model = load_model(source)
+        vocabulary = model.config.vocab_size
+        (ids,) = tokenise(source, [argparse.__file__], vocabulary=vocabulary)
+        reference = Reference.of(model, [ids], tokens=TOKENS)
+        del model
+
+        def row(settings: dict[str, object]) -> dict[str, object]:
+            plan = plan_growth(source, GrowConfig(**settings))
+            fill(plan.model, None, lambda slot: plan.tensor(slot.name))
+            found = {
+                "settings": asdict(plan.config),
+                "heads": plan.sizes.heads,
+                "parameters": plan.summary()["parameters"]["grown"],
+                "function_preserving": not plan.inexact,
+            } | as_facts(reference.compare(plan.model, granularity=1))
+            sys.stderr.write(f"{found}\n")
+            return found
+
+        return {
+            "vocabulary": vocabulary,
+            "width": [row(settings) for settings in WIDTH],
+            "depth": [row(settings) for settings in DEPTH],
+        }
+
+
+def tables(result: dict[str, object]) -> dict[str, str]:
+    """The tables of the page, in Markdown, by name."""
+    columns = {
+        "D": lambda r: r["settings"]["hidden_size"],
+        "F": lambda r: r["settings"]["intermediate_size"],
+        "heads": lambda r: r["heads"],
+        "layers": lambda r: r["settings"]["layers"],
+        "width": lambda r: r["settings"]["width"],
+        "depth": lambda r: r["settings"]["depth"],
+        "neurons": lambda r: "in turn" if r["settings"]["seed"] is None else f"seed {r['settings']['seed']}",
+        "parameters": lambda r: f"{r['parameters'] / 1e6:.1f}M",
+        "relative logit difference": lambda r: f"{r['relative_logit_difference']:.1e}",
+        "same first token": lambda r: f"{r['top1_agreement']:.1%}",
+        "perplexity": lambda r: f"{r['grown_perplexity']:.3f}",
+        "nats a token": lambda r: f"{math.log(r['grown_perplexity']):.2f}",
+    }
+    measured = ("parameters", "relative logit difference", "same first token", "perplexity", "nats a token")
+
+    def table(rows: list[dict[str, object]], *names: str) -> str:
+        lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
+        lines += ["| " + " | ".join(str(columns[name](row)) for name in names) + " |" for row in rows]
+        return "\n".join(lines)
+
+    made, first = result["made"], result["width"][0]
+    return {
+        "circumstances": (
+            f"SmolLM2-135M-Instruct (D 576, F 1536, 9 heads in 3 groups, 30 layers, tied embeddings) in float32, "
+            f"{first['tokens']} tokens of `argparse.py`; its perplexity is {first['source_perplexity']:.3f}, that of "
+            f"a uniform guess {result['vocabulary']}. "
+            f"{made['versions']}, {made['machine']}, {made['date']}."
+        ),
+        "width": table(result["width"], "D", "F", "heads", "width", "neurons", *measured),
+        "depth": table(result["depth"], "D", "layers", "width", "depth", *measured),
+    }
+
+
+def renew(page: str, result: dict[str, object]) -> str:
+    """The page with each part between `<!-- grow NAME -->` and `<!-- end -->` made anew."""
+    for name, text in tables(result).items():
+        start, end = f"<!-- grow {name} -->", "<!-- end -->"
+        head, found, rest = page.partition(start)
+        if not found:
+            raise SystemExit(f"{PAGE} has no place for the table {name}: put {start} and {end} there")
+        page = f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", action="store_true", help="renew the tables from the results that are there")
+    if not parser.parse_args().tables:
+        versions = (
+            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+        )
+        made = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+            "versions": versions,
+        }
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps({"made": made} | measure(), indent=1) + "\n", encoding="utf-8")
+    page = renew(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8")))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

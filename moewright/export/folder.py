@@ -1,0 +1,113 @@
+"""`moewright export`: write a sparse model in a format, prove that it loads and computes the same, then commit it."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from moewright.backbone.folder import empty_model_of, form_of, load_model, write_model
+from moewright.backbone.formats import is_sparse
+from moewright.backbone.sizes import parameter_counts
+from moewright.checkpoint.read import ModelFolder
+from moewright.checkpoint.write import FolderWriter
+from moewright.errors import ModelError
+from moewright.export.card import model_card
+from moewright.export.runtimes import Runtime, runtimes
+from moewright.export.verify import Proof, Reference, prove
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and the proof."""
+
+    target: Path
+    format: str
+    parameters: dict[str, int]
+    bytes: int
+    proof: Proof
+    runtimes: list[Runtime]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, in plain types."""
+        return {
+            "target": str(self.target),
+            "format": self.format,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "proof": self.proof.as_dict(),
+            "runtimes": [row.as_dict() for row in self.runtimes],
+        }
+
+
+def export_folder(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    overwrite: bool = False,
+    accept_runtime_fault: bool = False,
+) -> ExportReport:
+    """Write a sparse folder in the format `to`, or in the first that computes it.
+
+    Before the new folder is put in place, it is read back (every tensor must be the same, to the bit), and loaded by
+    plain transformers in a process of its own: logits, chosen experts, generated tokens, and what changing an expert
+    or a setting changes, must be what they are here. If they are not, nothing is left; but if it is the runtime that
+    mixes its experts up, `accept_runtime_fault` commits the folder with a warning and a record of it.
+
+    Raises `ModelError` (a dense source, a format that does not compute the model, a proof that fails, a target that
+    exists), `UsageError` for an unknown format, `ResourceError` where it does not fit.
+    """
+    folder = ModelFolder(source)
+    if not is_sparse(folder.config):
+        raise ModelError(f"{source} is a dense {folder.config['model_type']} model; upcycle it first, or copy it")
+    form = form_of(empty_model_of(folder)[0], wanted=to)  # refused before anything is loaded
+    reference = Reference.of(load_model(source, dtype=torch.float32))
+    model = load_model(source)
+    counts, rows = parameter_counts(model), runtimes(form, model)
+    record = {key: value for key, value in (folder.record or {}).items() if key in ("upcycle", "distil")}
+    with FolderWriter(target, overwrite=overwrite, sources=[Path(source)]) as writer:
+        write_model(writer, model, form, companions=Path(source))
+        _require_same(writer.path, model)
+        proof = prove(writer.path, reference, form=form, model=model)
+        _require_proof(proof, form_name=form.name(model), accept_runtime_fault=accept_runtime_fault)
+        loads, why = "no" if proof.problems else "yes", "; ".join(proof.problems)
+        here = Runtime(f"transformers {transformers.__version__}", loads, why, "run here")
+        report = ExportReport(
+            target=Path(target),
+            format=form.name(model),
+            parameters={"total": counts.total, "active": counts.active},
+            bytes=sum(info.end - info.start for info in ModelFolder(writer.path).tensors.values()),
+            proof=proof,
+            runtimes=[here, *rows],
+        )
+        origin = {"sha256": folder.fingerprint(), "format": folder.config["model_type"]}
+        writer.write_text("README.md", model_card(report, model, origin=origin, record=record))
+        facts: dict[str, Any] = {"proof": proof.as_dict(), "source": origin, "versions": {"torch": torch.__version__}}
+        facts["runtimes"] = [row.as_dict() for row in report.runtimes]
+        writer.commit(record | {"export": facts} | form.record(model))
+    return report
+
+
+def _require_same(folder: Path, model: transformers.PreTrainedModel) -> None:
+    """The way back: what we read from the new folder must be the model, to the bit."""
+    again = load_model(folder, dtype=model.dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in again or not torch.equal(again[name], tensor):
+            raise ModelError(f"{name} is not what was written; nothing was kept: please report this model")
+
+
+def _require_proof(proof: Proof, *, form_name: str, accept_runtime_fault: bool) -> None:
+    if not proof.problems:
+        return
+    what = f"{proof.loaded_as} does not compute this {form_name} folder as we do: {'; '.join(proof.problems)}"
+    if not proof.runtime_is_at_fault:
+        raise ModelError(f"{what}; nothing was written: please report this model")
+    if not accept_runtime_fault:
+        raise ModelError(
+            f"{what}. Its own code mixes experts up, whatever the weights; nothing was written: write --to moewright, "
+            "or take the folder all the same with --accept-runtime-fault"
+        )
+    warnings.warn(f"{what}. Its own code mixes experts up: load this folder with moewright", stacklevel=3)

@@ -1,0 +1,215 @@
+"""A written folder against the model it was written from, in a process that knows nothing of us."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moewright.backbone.folder import Form
+from moewright.backbone.graft import moe_layers
+from moewright.backbone.skeleton import longest_text
+from moewright.errors import ModelError
+from moewright.moe.router import Routing
+
+TOLERANCE: Final = 1e-5
+"""Largest difference of logits in float32, relative to the largest logit."""
+TIE: Final = 1e-6
+"""Experts whose scores are nearer than this times the largest may be chosen one for the other."""
+LENGTHS: Final = (1, 7, 48)
+NEW_TOKENS: Final = 16  # as in plain.py
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What plain transformers makes of a folder, beside what we make of the model."""
+
+    loaded_as: str
+    """The class, and the version of transformers."""
+    relative_logit_difference: float
+    """Over all cases: lengths, padding on the left and on the right."""
+    other_experts: int
+    """Pairs of token and layer whose chosen experts differ, but for ties."""
+    greedy_tokens_agree: bool
+    """Of 16 tokens generated with a cache."""
+    expert_faults: tuple[str, ...]
+    """Experts that, made louder, change other tokens than those that chose them."""
+    deaf_settings: tuple[str, ...]
+    """Settings without effect on the runtime."""
+    keys: tuple[str, ...]
+    """Tensors that were missing or left over."""
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the folder must not be trusted; empty if nothing was found."""
+        found = [f"tensors {', '.join(self.keys)} do not fit"] if self.keys else []
+        if not self.relative_logit_difference <= TOLERANCE:
+            found.append(f"logits differ by {self.relative_logit_difference:.1e} ({TOLERANCE:g} is allowed)")
+        if self.other_experts:
+            found.append(f"{self.other_experts} choices of experts differ")
+        if not self.greedy_tokens_agree:
+            found.append("generated tokens differ")
+        if self.expert_faults:
+            found.append(f"experts change the wrong tokens ({self.expert_faults[0]})")
+        if self.deaf_settings:
+            found.append(f"it does not hear {', '.join(self.deaf_settings)}")
+        return found
+
+    @property
+    def runtime_is_at_fault(self) -> bool:
+        """Whether the runtime itself mixes experts up, whatever the weights: see `expert_faults`."""
+        return bool(self.expert_faults)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What our model says of the cases."""
+
+    cases: dict[str, Tensor]
+    logits: dict[str, Tensor]
+    routings: dict[str, list[Routing]]
+    """By case, for each sparse layer."""
+    greedy: Tensor
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, seed: int = 0) -> "Reference":
+        """Ask a float32 model on random tokens."""
+        assert model.dtype == torch.float32, "what is rounded in between would differ for other reasons"
+        cases = _cases(model, seed=seed)
+        logits, routings = {}, {}
+        with torch.no_grad():
+            for name in _names(cases):
+                with _routings(model) as found:
+                    logits[name] = _forward(model, cases[f"ids/{name}"], cases[f"mask/{name}"])
+                routings[name] = found
+            longest = max(_names(cases), key=lambda name: int(cases[f"mask/{name}"].sum()))
+            ids = cases[f"ids/{longest}"][:1]
+            settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+            greedy: Any = model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings
+            )
+        return cls(cases, logits, routings, greedy)
+
+
+def prove(folder: Path, reference: Reference, *, form: Form, model: PreTrainedModel) -> Proof:
+    """Load the folder with plain transformers in a new process, without a network, and compare.
+
+    A folder of our own type is loaded after `import moewright.auto`. Raises `ModelError` if it does not load.
+    """
+    ours = form.name(model) == "moewright"
+    with tempfile.TemporaryDirectory() as scratch:
+        cases, out = Path(scratch) / "cases.safetensors", Path(scratch) / "out.safetensors"
+        save_file(reference.cases, cases)
+        arguments = [str(folder), str(cases), str(out), *(["moewright.auto"] if ours else [])]
+        facts = _run(arguments, cwd=None if ours else scratch)
+        found = load_file(out)
+    if facts["moewright_imported"] != ours:
+        raise ModelError(f"{folder}: moewright was imported by transformers; run it where nothing imports it at start")
+    names = _names(reference.cases)
+    difference = max(_difference(found[f"logits/{name}"], reference, name) for name in names)
+    others = 0 if ours else sum(_other_choices(found, reference, name) for name in names)
+    keys = tuple(f"{kind.removesuffix('_keys')} {key}" for kind, some in facts["keys"].items() for key in some)
+    return Proof(
+        loaded_as=f"{facts['class']}, transformers {facts['transformers']}",
+        relative_logit_difference=difference,
+        other_experts=others,
+        greedy_tokens_agree=torch.equal(found["greedy"], reference.greedy),
+        expert_faults=tuple(facts["expert_faults"]),
+        deaf_settings=tuple(facts["deaf_settings"]),
+        keys=keys,
+    )
+
+
+def _run(arguments: list[str], *, cwd: str | None) -> dict[str, Any]:
+    script = Path(__file__).with_name("plain.py")
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    run = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | offline,
+    )
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(f"{arguments[0]}: transformers does not load what was written: {last}")
+    facts: dict[str, Any] = json.loads(run.stdout)
+    return facts
+
+
+def _cases(model: PreTrainedModel, *, seed: int) -> dict[str, Tensor]:
+    """Random tokens, alone and padded on either side; not the ids that have a meaning to the config."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    plain = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special])
+    found: dict[str, Tensor] = {}
+    for length in LENGTHS:
+        length = min(length, longest_text(model) - NEW_TOKENS)
+        ids = plain[torch.randint(len(plain), (2, length), generator=generator)]
+        found |= {f"ids/{length}": ids, f"mask/{length}": torch.ones_like(ids)}
+    for side in ("left", "right"):
+        ids = plain[torch.randint(len(plain), (2, 12), generator=generator)]
+        mask = torch.ones_like(ids)
+        mask[1, slice(0, 5) if side == "left" else slice(7, 12)] = 0
+        found |= {f"ids/{side}": ids, f"mask/{side}": mask}
+    return found
+
+
+def _names(cases: dict[str, Tensor]) -> list[str]:
+    return sorted(name.removeprefix("ids/") for name in cases if name.startswith("ids/"))
+
+
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    again = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if model.config.is_encoder_decoder else {}
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **again).logits
+    return logits.float()
+
+
+@contextmanager
+def _routings(model: PreTrainedModel) -> Iterator[list[Routing]]:
+    found: list[Routing] = []
+
+    def collect(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        found.append(routing)
+
+    handles = [moe.router.register_forward_hook(collect) for moe in moe_layers(model).values()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _difference(found: Tensor, reference: Reference, name: str) -> float:
+    """Of real tokens: what a model says at a padded place is nobody's business."""
+    real, wanted = reference.cases[f"mask/{name}"].bool(), reference.logits[name]
+    return float((found - wanted)[real].abs().max() / wanted[real].abs().max())
+
+
+def _other_choices(found: dict[str, Tensor], reference: Reference, name: str) -> int:
+    real = reference.cases[f"mask/{name}"].flatten().bool()
+    count = 0
+    for number, routing in enumerate(reference.routings[name]):
+        theirs_TE, logits_TE = found[f"chosen/{name}/{number}"], routing.logits_TE
+        ours_TE = torch.zeros_like(theirs_TE).scatter(1, routing.experts_TK, True)
+        # The worst of what is chosen against the best that is not: nearer than a tie, either may be taken.
+        worst_T = logits_TE.masked_fill(~ours_TE, torch.inf).amin(dim=1)
+        best_T = logits_TE.masked_fill(ours_TE, -torch.inf).amax(dim=1)
+        tied_T = worst_T - best_T <= TIE * logits_TE.abs().amax()
+        count += int(((ours_TE != theirs_TE).any(dim=1) & ~tied_T & real).sum())
+    return count

@@ -1,0 +1,178 @@
+"""Export: what is written, what is proved, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moewright.backbone.folder import Form, form_of, load_model, save_model
+from moewright.cli import main
+from moewright.errors import ModelError
+from moewright.export import folder as export
+from moewright.export import verify
+from moewright.export.folder import export_folder
+from moewright.export.runtimes import LLAMA_CPP, SGLANG, VLLM, runtimes
+from moewright.export.verify import Proof, Reference, _other_choices
+from moewright.moe.router import Routing
+from tests.models import tiny_tokenizer, write_dense
+from tests.test_families import grafted, moe_of, nllb, same_state
+
+GOOD = Proof("MixtralForCausalLM, transformers 5.23.0", 1e-7, 0, True, (), (), ())
+
+
+def sparse_folder(path: Path, **changes: object) -> Path:
+    """A llama folder of our own type, which holds what the changes say of its layers."""
+    folder = save_model(grafted("llama", dict.fromkeys((0, 1), moe_of("llama", **changes))), path, format="moewright")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_export_through_the_command_line(tmp_path, capsys):
+    source, out = sparse_folder(tmp_path / "own"), tmp_path / "out"
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    assert main(["export", str(source), str(out), "--to", "mixtral", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["format"], facts["proof"]["other_experts"]) == ("mixtral", 0)
+    assert facts["proof"]["relative_logit_difference"] < 1e-6
+    assert [row["evidence"] for row in facts["runtimes"]] == ["run here", *["its source was read, it was not run"] * 3]
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+    record, card = json.loads((out / "moewright.json").read_text()), (out / "README.md").read_text()
+    assert record["export"]["proof"]["greedy_tokens_agree"]
+    assert {"README.md", "tokenizer.json"} <= record["files"].keys()
+    assert f"`{record['export']['source']['sha256']}`" in card
+    assert "| vLLM 0.33 | yes |" in card
+    same_state(load_model(out), load_model(source))
+    # Once more, now from the result: the same bytes but for where it came from.
+    assert main(["export", str(out), str(tmp_path / "again")]) == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (out / weights).read_bytes()
+    assert (tmp_path / "again" / "config.json").read_bytes() == (out / "config.json").read_bytes()
+    assert main(["export", str(source), str(out)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_nllb_moe_is_exported_only_on_demand(tmp_path):
+    nllb().save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ModelError, match=r"mixes experts up.*--to moewright.*--accept-runtime-fault"):
+        export_folder(tmp_path / "theirs", tmp_path / "out", to="nllb-moe")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs"]
+    with pytest.warns(UserWarning, match="load this folder with moewright"):
+        report = export_folder(tmp_path / "theirs", tmp_path / "out", to="nllb-moe", accept_runtime_fault=True)
+    assert report.proof.expert_faults
+    assert report.runtimes[0].loads == "no"
+    same_state(load_model(tmp_path / "out"), load_model(tmp_path / "theirs"))
+
+
+def test_our_own_type_is_proved_too(tmp_path):
+    settings = moe_of("llama", score="sigmoid", selection_bias=True, renormalize=True)
+    source = save_model(grafted("llama", {1: settings}).to(torch.bfloat16), tmp_path / "own")
+    report = export_folder(source, tmp_path / "out")
+    assert (report.format, report.proof.problems) == ("moewright", [])
+    assert {row.loads for row in report.runtimes[1:]} == {"no"}
+
+
+def test_what_is_written_wrongly_is_not_kept(tmp_path, monkeypatch):
+    source = sparse_folder(tmp_path / "own")
+    write = export.write_model
+
+    def write_another(writer, model, form, **kwargs):
+        with torch.no_grad():
+            model.model.layers[0].mlp.experts.down_proj[1].mul_(1.5)
+        write(writer, model, form, **kwargs)
+
+    monkeypatch.setattr(export, "write_model", write_another)
+    with pytest.raises(ModelError, match=r"logits differ by .* nothing was written"):
+        export_folder(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["own"]
+
+
+def test_what_transformers_does_not_load_is_not_kept(tmp_path, monkeypatch):
+    source = sparse_folder(tmp_path / "own")
+    monkeypatch.setattr(Form, "fields", lambda self, model: {"model_type": "mixtral", "hidden_size": "?"})
+    monkeypatch.setattr(export, "_require_same", lambda *_: None)
+    with pytest.raises(ModelError, match="does not load what was written"):
+        export_folder(source, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["own"]
+
+
+def test_dense_sources_and_unfit_formats_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    dense, sparse = write_dense(tmp_path / "dense"), sparse_folder(tmp_path / "own", top_k=1)
+    monkeypatch.setattr(export, "load_model", None)
+    with pytest.raises(ModelError, match="is a dense llama model"):
+        export_folder(dense, tmp_path / "out")
+    with pytest.raises(ModelError, match="always renormalises"):
+        export_folder(sparse, tmp_path / "out", to="mixtral")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"relative_logit_difference": 2e-5}, "logits differ by 2.0e-05"),
+        ({"relative_logit_difference": float("nan")}, "logits differ"),
+        ({"other_experts": 3}, "3 choices"),
+        ({"greedy_tokens_agree": False}, "generated tokens"),
+        ({"deaf_settings": ("norm_topk_prob",)}, "does not hear norm_topk_prob"),
+        ({"keys": ("missing lm_head.weight",)}, "missing lm_head"),
+        ({"expert_faults": ("model.layers.0.mlp: expert 2 and 5 of 9 tokens",)}, "expert 2"),
+    ],
+)
+def test_every_finding_counts(changes, words):
+    assert not GOOD.problems
+    (problem,) = replace(GOOD, **changes).problems
+    assert words in problem
+
+
+def test_ties_may_be_broken_either_way():
+    logits = torch.tensor([[1.0, 2.0, 2.0 - 1e-7, 0.0], [1.0, 2.0, 1.5, 0.0]])
+    routing = Routing(logits, logits, logits, torch.tensor([[1], [1]]), torch.ones(2, 1))
+    reference = Reference({"mask/a": torch.ones(1, 2)}, {}, {"a": [routing]}, torch.zeros(1))
+    theirs = torch.tensor([[False, False, True, False], [False, True, False, False]])
+    assert _other_choices({"chosen/a/0": theirs}, reference, "a") == 0
+    theirs[1] = theirs[0]
+    assert _other_choices({"chosen/a/0": theirs}, reference, "a") == 1
+    padded = replace(reference, cases={"mask/a": torch.tensor([[1, 0]])})
+    assert _other_choices({"chosen/a/0": theirs}, padded, "a") == 0
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "wanted", "refused"),
+    [
+        ("llama", {}, "mixtral", {}),
+        ("llama", {}, "qwen2_moe", {LLAMA_CPP: "never renormalises"}),
+        ("llama", {"router_order": "softmax-topk"}, "qwen2_moe", {}),
+        ("llama", {"router_order": "softmax-topk", "shared_size": 8}, "qwen2_moe", {LLAMA_CPP: "the gate is zero"}),
+        ("qwen3", {"router_order": "softmax-topk"}, "qwen3_moe", {LLAMA_CPP: "always renormalises"}),
+        ("olmo2", {}, "flex_olmo", {SGLANG: "no FlexOlmo", LLAMA_CPP: "no FlexOlmo"}),
+        ("nemotron", {}, "moewright", dict.fromkeys((VLLM, SGLANG, LLAMA_CPP), "our own model type")),
+    ],
+)
+def test_runtimes_are_named_with_the_reason(model_type, changes, wanted, refused):
+    model = grafted(model_type, dict.fromkeys((0, 1), moe_of(model_type, **changes)))
+    rows = {row.runtime: row for row in runtimes(form_of(model, wanted=wanted), model)}
+    assert {name for name, row in rows.items() if row.loads == "no"} == refused.keys()
+    assert all(words in rows[name].why for name, words in refused.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"head_dim": 16}, "ignores head_dim"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope scaling"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1234.5}}, "truncates rope_theta=1234.5"),
+    ],
+)
+def test_what_sglang_overlooks_in_mixtral_is_named(config, words):
+    model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")), **config)
+    rows = {row.runtime: row for row in runtimes(form_of(model), model)}
+    assert words in rows[SGLANG].why
+
+
+def test_the_reference_leaves_padding_out():
+    model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")))
+    reference = Reference.of(model)
+    assert {"left", "right", "48"} <= set(verify._names(reference.cases))
+    found = reference.logits["left"].clone()
+    found[reference.cases["mask/left"] == 0] = 99.0
+    assert verify._difference(found, reference, "left") == 0.0
