@@ -161,7 +161,7 @@ def distil(args: argparse.Namespace) -> Facts:
         )
     if not args.json:
         for row in facts["layers"]:
-            del row["top_ks"], row["errors"]  # moewright.json has them
+            del row["top_ks"], row["errors_before"], row["errors_after"]  # moewright.json has them
     return facts
 
 

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moewright.backbone.family import family_of
 from moewright.backbone.folder import folder_dtype, load_model, save_model
 from moewright.backbone.formats import is_sparse
 from moewright.backbone.graft import moe_layers
@@ -116,10 +117,12 @@ def _difference(dense: PreTrainedModel, sparse: PreTrainedModel, *, dtype: torch
 
     It is what their hidden states depend on: where it differs, the blocks would learn from inputs that they never see.
     """
-    a, b = ({k: v for k, v in model.config.to_dict().items() if k not in HARMLESS} for model in (dense, sparse))
-    for key in sorted(a.keys() | b.keys()):
-        if a.get(key) != b.get(key):
-            return f"{key} is {b.get(key)!r}, not {a.get(key)!r}"
+    # The width of a feed-forward block is not the backbone's: layouts without dense layers have the experts' there.
+    free = HARMLESS | {stack.size for stack in family_of(dense.config).stacks}
+    a, b = ({k: v for k, v in model.config.to_dict().items() if k not in free} for model in (dense, sparse))
+    for key in sorted(a.keys() & b.keys()):
+        if a[key] != b[key] and None not in (a[key], b[key]):  # None: what follows from other fields
+            return f"{key} is {b[key]!r}, not {a[key]!r}"
     inside = {id(parameter) for moe in moe_layers(sparse).values() for parameter in moe.parameters()}
     for name, parameter in sparse.named_parameters():
         if id(parameter) in inside:

@@ -184,17 +184,16 @@ def measure_layers(
     rows: Rows,
     *,
     batch_size: int,
-    top_ks: Mapping[int, Sequence[int]],
     on_tokens: OnTokens | None = None,
 ) -> dict[int, Measured]:
-    """Each layer's error with each of its `top_ks`, in evaluation and in float32, over all real tokens of `rows`.
+    """Each layer's error with each top-k that it may have, in evaluation and float32, over all real tokens of `rows`.
 
     A layer is asked anew for each top-k, so that what is measured is what will be computed: under softmax-topk the
     weights of fewer experts sum to less, under topk-softmax they are renormalised.
 
     Raises `ModelError` for a dense block whose output does not vary, or is not finite.
     """
-    tallies = {layer: _Tally(top_ks[layer], moe) for layer, moe in layers.items()}
+    tallies = {layer: _Tally(moe) for layer, moe in layers.items()}
     for numbers in rows.batches(batch_size):
         batch = rows.packed.batch(numbers).to(dense.device)
         blocks = dense_blocks(dense, batch, list(layers), dtype="float32")
@@ -208,8 +207,8 @@ def measure_layers(
 class _Tally:
     """Sums over the batches of one layer, in float64."""
 
-    def __init__(self, top_ks: Sequence[int], moe: MoELayer) -> None:
-        config, device = moe.config, moe.router.weight.device
+    def __init__(self, moe: MoELayer) -> None:
+        config, device, top_ks = moe.config, moe.router.weight.device, possible_top_ks(moe.config)
         self.tokens = 0
         self.squares = 0.0
         self.sum_D = torch.zeros(config.hidden_size, dtype=torch.float64, device=device)
@@ -256,12 +255,14 @@ def possible_top_ks(config: MoEConfig) -> list[int]:
     return [k for k in range(1, config.num_experts + 1) if possible(k)]
 
 
-def choose_top_k(errors: Mapping[int, float], *, tolerance: float) -> tuple[int, bool]:
-    """The smallest top-k whose error is within the tolerance, and True; else that of the least error, and False."""
-    within = [k for k, error in errors.items() if error <= tolerance]
-    if within:
-        return min(within), True
-    return min(errors, key=lambda k: (errors[k], k)), False
+def choose_top_k(errors: Mapping[int, float], *, tolerance: float) -> int:
+    """The smallest top-k whose error is within the tolerance; if there is none, that of the least error."""
+    return min(errors, key=lambda k: _rank(k, errors[k], tolerance))
+
+
+def _rank(k: int, error: float, tolerance: float) -> tuple[bool, float, float]:
+    """What is better comes first: within the tolerance fewer experts, then less error; outside it less error."""
+    return (False, k, error) if error <= tolerance else (True, error, k)
 
 
 def distil_layers(
@@ -272,41 +273,44 @@ def distil_layers(
     config: DistilConfig,
     *,
     dtype: torch.dtype = torch.float32,
-    on_tokens: Callable[[int], None] | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> list[dict[str, Any]]:
     """Train the MoELayers of `sparse` (float32, on CPU) and set each layer's top-k, `layers_at_once` at a time.
 
-    Trained weights are rounded to `dtype`, that of the folder to be written, before errors are measured. The dense
-    model is not changed. Returns a row a layer: `error_before` and `error_after` training, with the top-k that it was
-    `trained_with`; whether it was `trained` (not where it was exact); the chosen `top_k`, its `error`, whether that is
-    `within_tolerance`; `load_imbalance` and `dead_experts` with it; `errors`, one for each of `top_ks`.
+    Trained weights are rounded to `dtype`, that of the folder to be written, before errors are measured. A layer takes
+    them if they are better than what it had: fewer experts a token within the tolerance, or less error with as many;
+    so no layer gets worse, and one that is exact stays. The dense model is not changed.
 
-    Warns of layers that are exact, got worse, or miss the tolerance.
+    Returns a row a layer: `trained_with`, the top-k of training; `error_before` and `error_after` it, with that top-k;
+    `trained`, whether the layer took the trained weights; the `top_k` chosen, its `error`, whether that is
+    `within_tolerance`; `load_imbalance` and `dead_experts` with it; `errors_before` and `errors_after`, one for each of
+    `top_ks`. Warns of layers that keep the weights they had, or miss the tolerance.
     """
     layers = moe_layers(sparse)
-    original = {layer: moe.config for layer, moe in layers.items()}
-    training = {layer: training_config(moe, config) for layer, moe in original.items()}
+    training = {layer: training_config(moe.config, config) for layer, moe in layers.items()}
     _warn_of_one_expert(training)
     table: list[dict[str, Any]] = []
     for first in range(0, len(layers), config.layers_at_once):
         group = {layer: layers[layer] for layer in list(layers)[first : first + config.layers_at_once]}
         for moe in group.values():
             moe.to(dense.device)
-        measure = partial(measure_layers, dense, group, held_out, batch_size=config.batch_size, on_tokens=on_tokens)
-        before = measure(top_ks={layer: [training[layer].top_k] for layer in group})
-        errors = {layer: measured.errors[training[layer].top_k] for layer, measured in before.items()}
-        taught = {layer: moe for layer, moe in group.items() if errors[layer] > EXACT}
+        measure = partial(measure_layers, dense, rows=held_out, batch_size=config.batch_size, on_tokens=on_tokens)
+        before = measure(group)
+        taught = {n: moe for n, moe in group.items() if before[n].errors[training[n].top_k] > EXACT}
+        originals = {layer: (moe.config, _copy_of(moe)) for layer, moe in taught.items()}
         for layer, moe in taught.items():
             moe.configure(training[layer])
         variances = {layer: measured.variance for layer, measured in before.items()}
         train_layers(dense, taught, rows, variances=variances, settings=config, on_tokens=on_tokens)
-        for layer, moe in group.items():
-            moe.configure(original[layer])
+        for layer, moe in taught.items():
+            moe.configure(originals[layer][0])
             moe.to(dtype).float()
-        after = measure(top_ks={layer: possible_top_ks(original[layer]) for layer in group})
+        after = before | (measure(taught) if taught else {})
         for layer, moe in group.items():
-            row = _row(layer, training[layer], errors[layer], after[layer], tolerance=config.tolerance)
-            moe.configure(replace(original[layer], top_k=row["top_k"]))
+            row = _row(layer, training[layer], before[layer], after[layer], tolerance=config.tolerance)
+            if layer in taught and not row["trained"]:
+                moe.load_state_dict(originals[layer][1])
+            moe.configure(replace(moe.config, top_k=row["top_k"]))
             moe.context.token_mask = None
             moe.eval().to("cpu")
             table.append(row)
@@ -314,24 +318,35 @@ def distil_layers(
     return table
 
 
-def _row(layer: int, training: MoEConfig, before: float, after: Measured, *, tolerance: float) -> dict[str, Any]:
-    if not all(error < float("inf") for error in after.errors.values()):
+def _copy_of(moe: MoELayer) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+
+
+def _row(layer: int, training: MoEConfig, before: Measured, after: Measured, *, tolerance: float) -> dict[str, Any]:
+    if not all(error < math.inf for error in after.errors.values()):
         raise CheckpointError(f"layer {layer}: its output is no longer finite; lower the learning rate")
-    top_k, within = choose_top_k(after.errors, tolerance=tolerance)
-    counts_E = after.counts[top_k]
+
+    def rank(measured: Measured) -> tuple[bool, float, float]:
+        k = choose_top_k(measured.errors, tolerance=tolerance)
+        return _rank(k, measured.errors[k], tolerance)
+
+    best = min(before, after, key=rank)  # the first of equals
+    top_k = choose_top_k(best.errors, tolerance=tolerance)
+    counts_E = best.counts[top_k]
     return {
         "layer": layer,
         "trained_with": training.top_k,
-        "trained": before > EXACT,
-        "error_before": before,
+        "error_before": before.errors[training.top_k],
         "error_after": after.errors[training.top_k],
+        "trained": best is not before,
         "top_k": top_k,
-        "error": after.errors[top_k],
-        "within_tolerance": within,
+        "error": best.errors[top_k],
+        "within_tolerance": best.errors[top_k] <= tolerance,
         "load_imbalance": float(load_imbalance(counts_E)),
         "dead_experts": int((counts_E == 0).sum()),
         "top_ks": list(after.errors),
-        "errors": list(after.errors.values()),
+        "errors_before": list(before.errors.values()),
+        "errors_after": list(after.errors.values()),
     }
 
 
@@ -339,8 +354,7 @@ def _warn_of_one_expert(training: Mapping[int, MoEConfig]) -> None:
     if any(config.top_k == 1 and config.router_order == "topk-softmax" for config in training.values()):
         warnings.warn(
             "top_k=1 with router_order=topk-softmax: the one weight is always 1, so the routers learn from the balance "
-            "loss alone; train with two experts a token or more (a smaller number can be chosen for a layer all the "
-            "same)",
+            "loss alone; train with two experts a token or more (one can be chosen for a layer all the same)",
             stacklevel=3,
         )
 
@@ -350,14 +364,18 @@ def _warn_of(table: Sequence[Mapping[str, Any]], config: DistilConfig) -> None:
         numbers = [str(row["layer"]) for row in rows]
         return some(numbers) if numbers else ""
 
-    if exact := named(row for row in table if not row["trained"]):
+    if exact := named(row for row in table if row["error_before"] <= EXACT):
         warnings.warn(
-            f"layers {exact} compute their dense blocks already: they were not trained; fewer experts a token (top_k) "
-            "would leave something to learn",
+            f"layers {exact} compute their dense blocks already: they were not trained; train with fewer experts a "
+            "token (top_k) to have something to learn",
             stacklevel=3,
         )
-    if worse := named(row for row in table if row["trained"] and row["error_after"] > row["error_before"]):
-        warnings.warn(f"layers {worse} got worse by training: lower the learning rate, or train longer", stacklevel=3)
+    if kept := named(row for row in table if row["error_before"] > EXACT and not row["trained"]):
+        warnings.warn(
+            f"layers {kept} keep the weights that they had, since training made nothing better: change the learning "
+            "rate or the top_k of training, train longer, or give a larger tolerance",
+            stacklevel=3,
+        )
     if missed := named(row for row in table if not row["within_tolerance"]):
         warnings.warn(
             f"layers {missed} miss the tolerance {config.tolerance:g} with any top-k: the one of the least error was "
