@@ -235,11 +235,19 @@ class UpcyclePlan:
         return average((self._projections[owner](name)[rows] for owner in range(count)), name=name, dtype=wide)
 
     def tensors(self) -> dict[str, LazyTensor]:
-        """Every tensor of the sparse folder, in the order of writing."""
+        """Every tensor of the sparse folder, in the order of writing; `ModelError` for what float16 cannot hold."""
         return {
-            slot.name: LazyTensor(slot.shape, slot.dtype or self.dtype, partial(self.tensor, slot))
+            slot.name: LazyTensor(slot.shape, slot.dtype or self.dtype, partial(self._in_range, slot))
             for slot in self.form.slots(self.model)
         }
+
+    def _in_range(self, slot: Slot) -> Tensor:
+        tensor = self.tensor(slot)
+        if tensor.dtype == torch.float16 and not self.folder.allow_nonfinite and not bool(tensor.isfinite().all()):
+            raise ModelError(
+                f"{slot.name}: larger than the 65504 that float16 holds; write --dtype bfloat16 or float32"
+            )
+        return tensor
 
     def _memory_needed(self) -> int:
         """Bytes held at a time while writing; calibration and verification load a model besides."""
