@@ -18,6 +18,7 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "phi3", "granite", "nemotron"),
     *("gpt_neox", "m2m_100", "bart", "mbart", "t5", "mt5"),
 )
+DECODERS = FAMILIES[: FAMILIES.index("m2m_100")]
 END = "<|end|>"
 
 DECODER = {

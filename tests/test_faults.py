@@ -226,7 +226,7 @@ def test_case_12_pickles_alone(shell: Shell, source: Path, name: str) -> None:
         ({"intermediate_size": 96}, ("[64, 32]", "[96, 32]")),
         ({"vocab_size": 300}, ("[264, 32]", "[300, 32]")),
         ({"hidden_size": 48}, ("[264, 32]", "[264, 48]")),
-        ({"num_hidden_layers": 3}, ("model.layers.2.",)),
+        ({"num_hidden_layers": 3}, ("model.layers.2", "num_hidden_layers=3")),
     ],
 )
 def test_case_13_shapes_that_disagree_with_the_config(
@@ -544,7 +544,7 @@ def test_case_24_logits_that_differ(
     text.write_text("some text, long enough\n" * 20)
     if overwrite:
         upcycle_small(source, moe)
-    monkeypatch.setattr("moewright.upcycle.plan.factors", lambda config, **_: Factors(up=1.01))
+    monkeypatch.setattr("moewright.upcycle.plan.factors", lambda *_, **__: Factors(up=1.01))
     shell.refuses(
         "upcycle",
         source,
