@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROUTINGS: Final = ("balanced", "skewed")
+CHANGING: Final = "changing"
+"""Skewed, and another batch in each repetition: loads that were never seen before, as in training."""
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS: Final = {"fp32": 1e-5, "bf16": 2e-2}
 """The largest relative error (Frobenius norm) of the output or of any gradient against float64 that counts as the
@@ -114,11 +116,11 @@ def choose_experts(case: Case, routing: str, generator: torch.Generator) -> Tens
             raise ValueError(f"case {case.name}: K={case.K} does not divide E={case.E}, which balanced routing needs")
         dealt = torch.rand(deals, case.E, generator=generator).argsort(dim=1)
         return dealt.view(-1, case.K)[: case.T]
-    if routing == "skewed":
+    if routing in ("skewed", CHANGING):
         rank_E = torch.randperm(case.E, generator=generator) + 1
         gumbel_TE = -torch.empty(case.T, case.E).exponential_(generator=generator).log()
         return (gumbel_TE - rank_E.log()).topk(case.K, dim=1).indices
-    raise ValueError(f"routing {routing!r}: choose one of {', '.join(ROUTINGS)}")
+    raise ValueError(f"routing {routing!r}: choose one of {', '.join((*ROUTINGS, CHANGING))}")
 
 
 def imbalance(case: Case, batch: Batch) -> float:

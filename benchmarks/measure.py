@@ -11,7 +11,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +21,20 @@ from torch import Tensor, nn
 
 PACKAGES = ("torch", "transformers", "deepspeed", "torchtitan", "megatron-core", "triton", "scattermoe", "sonic-moe")
 PACKAGES += ("mergekit", "mixturekit")
+Pair = tuple[Tensor, Tensor]
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Step:
-    """One forward and backward pass of a layer with a fixed batch, fresh gradients each time."""
+    """One forward and backward pass of a layer, fresh gradients each time, with a batch that `renew` may replace."""
 
-    def __init__(self, layer: nn.Module, x_TD: Tensor, gradient_TD: Tensor) -> None:
-        self.layer, self.gradient_TD = layer, gradient_TD
+    def __init__(self, layer: nn.Module, x_TD: Tensor, gradient_TD: Tensor, *, others: Iterable[Pair] = ()) -> None:
+        self.layer, self.gradient_TD, self.others = layer, gradient_TD, iter(others)
+        self.x_TD = x_TD.detach().requires_grad_()
+
+    def renew(self) -> None:
+        """Take the next of the other batches, each tokens and the gradient of the output, if there are any."""
+        x_TD, self.gradient_TD = next(self.others, (self.x_TD, self.gradient_TD))
         self.x_TD = x_TD.detach().requires_grad_()
 
     def __call__(self) -> Tensor:
@@ -45,6 +51,7 @@ class Step:
 
 def milliseconds(step: Step, *, repeat: int = 1) -> float:
     """Of one pass; on a GPU the mean of `repeat` passes in a row, by the device's clock. Caches are not flushed."""
+    step.renew()
     step.clear()
     if step.x_TD.device.type != "cuda":
         start = time.perf_counter()

@@ -12,11 +12,13 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 
 from benchmarks.cases import (
     CASES,
+    CHANGING,
     CPU_CASES,
     DTYPES,
     GPU_CASES,
@@ -44,6 +47,7 @@ from benchmarks.cases import (
 )
 from benchmarks.layers import Layer
 from benchmarks.measure import (
+    Pair,
     Plan,
     Rounds,
     Step,
@@ -67,6 +71,9 @@ CHECK_TOKENS_QUICK: Final = 128
 CHECK_EXPERTS_QUICK: Final = 8
 """Of these, the gradients of the weights are compared."""
 CHECK_TOKENS: Final = 2048
+SHAPES: Final = "16384"
+"""Products whose compiled code oneDNN keeps. Its own number, 1024, is enough for one implementation, not for all of
+them in one process: each would drop what the others need in the next round."""
 SLOW: Final = 4.0
 """What takes this many times the dense limit's time takes part in three rounds only."""
 Reference = dict[str, torch.Tensor]
@@ -160,8 +167,13 @@ class Bench:
         for name, layer in self.layers.items():
             for routing in self.routings[:1] if name == "dense" else self.routings:
                 if (name, routing) not in self.reasons:
-                    steps[_key(name, routing)] = Step(layer, *inputs[routing])
+                    others = self._others() if routing == CHANGING else ()
+                    steps[_key(name, routing)] = Step(layer, *inputs[routing], others=others)
         return steps
+
+    def _others(self) -> Iterable[Pair]:
+        """The same sequence for all."""
+        return (self._inputs(make_batch(self.case, CHANGING, seed=seed)) for seed in count(2))
 
 
 def _key(name: str, routing: str) -> str:
@@ -276,7 +288,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--cases", help=f"of {', '.join(CASES)}", **lists)  # type: ignore[arg-type]
     parser.add_argument("--dtypes", default=list(DTYPES), **lists)  # type: ignore[arg-type]
-    parser.add_argument("--routings", default=list(ROUTINGS), **lists)  # type: ignore[arg-type]
+    parser.add_argument("--routings", default=list(ROUTINGS), help=f"of {', '.join((*ROUTINGS, CHANGING))}", **lists)  # type: ignore[arg-type]
     parser.add_argument("--impls", help=f"of ours, ours:KERNEL, loop, dense, {', '.join(PEERS)}", **lists)  # type: ignore[arg-type]
     parser.add_argument("--tokens", type=int, help="instead of the cases' own number")
     parser.add_argument("--rounds", type=int, help="at most")
@@ -292,7 +304,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.cases = [*(case.name for case in CPU_CASES), *small, *big]
     if options.impls is None:
         options.impls = list(QUICK) if options.quick else ["ours", "ours:grouped", "loop", "dense", *PEERS]
-    allowed = {"cases": CASES, "dtypes": DTYPES, "routings": ROUTINGS}
+    allowed = {"cases": CASES, "dtypes": DTYPES, "routings": (*ROUTINGS, CHANGING)}
     for field, names in allowed.items():
         for value in getattr(options, field):
             if value not in names:
@@ -328,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say(f"wrote {write_table(options.table)}")
         return
     device = torch.device(options.device)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", SHAPES)  # read at the first product in a short dtype
     with contextlib.redirect_stdout(sys.stderr):  # what the peers print
         rows = run(options)
         if not options.quick:

@@ -1,4 +1,4 @@
-"""What upcycling changes before any training: SmolLM2-135M on real text, by granularity, order, scale and dtype.
+"""What upcycling changes before any training: SmolLM2-135M on real text, by method, granularity, order and scale.
 
     python experiments/step0.py             # measure, write results/step0.json, renew the tables of docs/upcycling.md
     python experiments/step0.py --tables    # renew the tables only
@@ -10,6 +10,7 @@ library (the first 512 tokens); calibration is on `configparser.py`.
 import argparse
 import configparser
 import json
+import math
 import platform
 import sys
 import tempfile
@@ -48,6 +49,34 @@ SOFTMAX_FIRST = [
     for std in (None, 0.02)
     for scale, text in (("uniform", None), ("calibrated", None), ("calibrated", "configparser.py"))
 ]
+TEXT = "configparser.py"
+FINE: dict[str, object] = {"granularity": 4, "top_k": 4}
+HALF: dict[str, object] = {"experts": 8, "top_k": 4, "split": True}
+METHODS: dict[str, dict[str, object]] = {
+    "noise 0.05": {"top_k": 2, "noise": 0.05},
+    "redraw 0.5": {"top_k": 2, "redraw": 0.5},
+    "redraw 0.5, separate sets": {"top_k": 2, "redraw": 0.5, "redraw_sets": "separate"},
+    "redraw 0.5, fine": FINE | {"redraw": 0.5},
+    "redraw 0.5, softmax-topk": {"top_k": 2, "redraw": 0.5, "router_order": "softmax-topk", "calibrate_on": TEXT},
+    "shuffled": FINE | {"neurons": "shuffled", "permute": True},
+    "clustered by weights": FINE | {"neurons": "clustered"},
+    "clustered by activations": FINE | {"neurons": "clustered", "calibrate_on": TEXT},
+    "clustered, centroids": FINE | {"neurons": "clustered", "router_start": "centroids", "calibrate_on": TEXT},
+    "centroids, softmax-topk": FINE
+    | {"router_start": "centroids", "router_order": "softmax-topk", "calibrate_on": TEXT},
+    "shared 384, first": FINE | {"shared_size": 384},
+    "shared 384, first, softmax-topk": FINE
+    | {"shared_size": 384, "router_order": "softmax-topk", "calibrate_on": TEXT},
+    "shared 384, important, gated": FINE
+    | {"shared_size": 384, "shared_neurons": "important", "shared_mode": "gated", "calibrate_on": TEXT},
+    "shared 384, new": FINE | {"shared_size": 384, "shared_neurons": "new"},
+    "split, random": HALF | {"neurons": "shuffled"},
+    "split, clustered": HALF | {"neurons": "clustered", "calibrate_on": TEXT},
+    "split, clustered, centroids": HALF | {"neurons": "clustered", "router_start": "centroids", "calibrate_on": TEXT},
+    "split, important": HALF | {"neurons": "important", "calibrate_on": TEXT},
+    "split, important, 128 common": HALF | {"neurons": "important", "common_neurons": 128, "calibrate_on": TEXT},
+}
+"""In a split, half of the block's parts for each token; else, as above, N/G = 4. F is 1536."""
 
 
 def measure() -> dict[str, object]:
@@ -63,13 +92,13 @@ def measure() -> dict[str, object]:
         del model
 
         def row(settings: dict[str, object], dtype: torch.dtype = torch.float32) -> dict[str, object]:
-            options = {"router_order": "topk-softmax", "router_std": None} | settings
+            options = {"router_order": "topk-softmax"} | settings
             calibrate_on = options.pop("calibrate_on", None)
-            config = UpcycleConfig(experts=EXPANSION * options["granularity"], **options)
+            config = UpcycleConfig(**{"experts": EXPANSION * options.get("granularity", 1)} | options)
             plan = plan_upcycle(source, config, dtype=dtype, calibration_texts=calibration if calibrate_on else None)
             fill(plan.model, plan.form, plan.tensor)
-            comparison = references[dtype].compare(plan.model, granularity=config.granularity)
-            found = {"settings": asdict(plan.config), "calibrate_on": calibrate_on} | asdict(comparison)
+            comparison = references[dtype].compare(plan.model, granularity=config.tied)
+            found = {"settings": plan.config.settings(), "calibrate_on": calibrate_on} | asdict(comparison)
             sys.stderr.write(f"{found}\n")
             return found
 
@@ -79,6 +108,7 @@ def measure() -> dict[str, object]:
             "exact": [row(settings) for settings in EXACT],
             "topk_first": [row(settings) for settings in TOPK_FIRST],
             "softmax_first": [row({"router_order": "softmax-topk"} | settings) for settings in SOFTMAX_FIRST],
+            "methods": [{"method": name} | row(settings) for name, settings in METHODS.items()],
             "bfloat16": [row(settings, torch.bfloat16) for settings in EXACT if settings["top_k"] in (2, 4)],
             "bfloat16_itself": asdict(rounding),
         }
@@ -87,6 +117,11 @@ def measure() -> dict[str, object]:
 def tables(result: dict[str, object]) -> dict[str, str]:
     """The tables of the page, in Markdown, by name."""
     columns = {
+        "method": lambda r: r["method"],
+        "N": lambda r: r["settings"]["experts"],
+        "order": lambda r: f"`{r['settings']['router_order']}`",
+        "layer error": lambda r: f"{math.fsum(r['layer_errors'].values()) / len(r['layer_errors']):.1e}",
+        "largest": lambda r: f"{max(r['layer_errors'].values()):.1e}",
         "G": lambda r: r["settings"]["granularity"],
         "T": lambda r: r["settings"]["top_k"],
         "scale": lambda r: r["settings"]["scale"] + (" on text" if r["calibrate_on"] else ""),
@@ -97,7 +132,14 @@ def tables(result: dict[str, object]) -> dict[str, str]:
         "broken groups": lambda r: f"{r['broken_groups']:.2%}",
         "perplexity": lambda r: f"{r['sparse_perplexity']:.3f}",
     }
-    measured = ("relative logit difference", "mean logit difference", "same first token", "perplexity")
+    measured = (
+        "layer error",
+        "largest",
+        "relative logit difference",
+        "mean logit difference",
+        "same first token",
+        "perplexity",
+    )
 
     def table(rows: list[dict[str, object]], *names: str) -> str:
         lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
@@ -121,7 +163,8 @@ def tables(result: dict[str, object]) -> dict[str, str]:
         "exact": table(result["exact"], "G", "T", *measured),
         "topk_first": table(result["topk_first"], "G", "T", "scale", *measured),
         "softmax_first": table(result["softmax_first"], "G", "T", "scale", "router std", *measured),
-        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:3], "broken groups", "perplexity")
+        "methods": table(result["methods"], "method", "N", "G", "T", "order", "scale", *measured),
+        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:-1], "broken groups", "perplexity")
         + "\n\n"
         + bfloat16,
     }

@@ -23,7 +23,7 @@ from benchmarks.cases import (
     relative_errors,
 )
 from benchmarks.layers import Layer
-from benchmarks.measure import kept_bytes
+from benchmarks.measure import kept_bytes, milliseconds
 from benchmarks.peers import build
 from benchmarks.table import readme_table, table
 
@@ -150,6 +150,22 @@ def test_routing_is_as_described() -> None:
         logits_TE = batch.x_TD @ make_weights(case).router_ED.T
         chosen_TK = logits_TE.bfloat16().topk(case.K, dim=1).indices.sort(dim=1).values
         assert torch.equal(chosen_TK, ordered_TK)
+
+
+def test_changing_routing_gives_all_implementations_the_same_new_batches() -> None:
+    problem = moe_layer.Problem(TINY, ["changing"], device=CPU, quick=True)
+    steps = moe_layer.Bench(problem, "fp32", ["ours", "loop"]).steps().values()
+    seen: list[list[torch.Tensor]] = []
+    for step in steps:
+        seen.append([])
+        for _ in range(3):
+            milliseconds(step)
+            seen[-1].append(torch.cat([step.x_TD.detach(), step.gradient_TD]))
+    assert len(seen) == 2
+    for first, second in zip(*seen, strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(seen[0][0], seen[0][1])
+    assert not torch.equal(seen[0][1], seen[0][2])
 
 
 def test_kept_memory_counts_each_storage_once_and_no_parameter() -> None:

@@ -92,14 +92,14 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
     library("upcycle.apply", upcycle_folder=upcycle_folder)
     long = (
         "--experts 24 --top-k 4 --granularity 4 --router-order softmax-topk --scale calibrated --layers every:2"
-        " --dtype bfloat16 --seed 7 --calibration-text c.txt --verify-text v.txt --dry-run --overwrite"
+        " --dtype bfloat16 --format mixtral --seed 7 --calibration-text c.txt --verify-text v.txt --dry-run --overwrite"
         " --allow-nonfinite --neurons clustered --permute --noise 0.1 --redraw 0.5 --redraw-sets separate"
         " --router-start prompts --router-logit-std 0.2 --prompts p.json --shared-size 8 --shared-mode gated"
         " --shared-neurons important --siblings c d --router-std 0.5"
     )
     assert cli.main(["upcycle", "a", "b", *long.split()]) == 0
     assert cli.main(["upcycle", "--experts", "8", "a", "b", "--top-k", "2"]) == 0
-    options = {"dtype": None, "verify_text": None}
+    options = {"dtype": None, "format": None, "verify_text": None}
     options |= dict.fromkeys(("dry_run", "overwrite", "allow_nonfinite"), False)
     assert calls == [
         (
@@ -130,6 +130,7 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
             ),
             {
                 "dtype": torch.bfloat16,
+                "format": "mixtral",
                 "verify_text": Path("v.txt"),
                 "dry_run": True,
                 "overwrite": True,

@@ -26,7 +26,7 @@ ROOMS = [
     "parallel",
     "train",
 ]
-ROOMS += ["plan", "report", "lens", "demo", "cli", "__main__"]
+ROOMS += ["plan", "report", "lens", "demo", "options", "cli", "__main__"]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EVERYTHING = sorted(

@@ -437,8 +437,9 @@ def test_native_operators_keep_the_rules_of_torch(dtype):
     x = torch.randn(D, 5).to(dtype).t().requires_grad_()  # not contiguous
     first, down = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 2 * F, D), (2, D, F)))
     sorted_ = sort_by_expert(torch.tensor([[0], [1], [1], [0], [1]]), num_experts=2)
-    arguments = (x, torch.rand(5, requires_grad=True), sorted_.token_N, sorted_.ends_E, first, down, None, None)
-    torch.library.opcheck(_forward, (*arguments, "silu", True, True), test_utils=("test_schema", "test_faketensor"))
+    routes = (torch.rand(5, requires_grad=True), sorted_.token_N, sorted_.order_N, sorted_.ends_E)
+    arguments = (x, *routes, first, down, None, None, "silu", True, True)
+    torch.library.opcheck(_forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_native_kernel_wants_one_dtype():

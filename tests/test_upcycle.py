@@ -397,3 +397,16 @@ def test_writing_holds_one_group_of_tensors_at_a_time(tmp_path):
     written = (tmp_path / "moe" / "model.safetensors").stat().st_size
     assert written > 400e6
     assert int(run.stdout) * 1024 < 100e6
+
+
+def test_what_float16_does_not_hold_is_refused(tmp_path):
+    source = write_dense(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e5
+    model.save_pretrained(source)
+    config = UpcycleConfig(experts=4, top_k=2)
+    with pytest.raises(ModelError, match="larger than the 65504 that float16 holds"):
+        upcycle_folder(source, tmp_path / "moe", config, dtype=torch.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+    upcycle_folder(source, tmp_path / "moe", config, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """A script, not a module: what plain transformers makes of a sparse folder, in a process without moewright.
 
-    python plain.py FOLDER CASES.safetensors OUT.safetensors [moewright.auto]
+    python plain.py FOLDER CASES.npz OUT.npz [moewright.auto]
 
 CASES has `ids/NAME` and `mask/NAME`, int64 (B, S), for each case. OUT gets `logits/NAME`, float32 (B, S, V), and
 `chosen/NAME/N`, bool (B * S, E), for the N-th sparse block in the order of the forward pass; and `greedy`, the tokens
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -151,7 +151,8 @@ def main(folder: str, cases_file: str, out: str) -> dict[str, Any]:
     ours = "moewright.auto" in sys.modules
     model, report = (load(folder, config), {}) if ours else load(folder, config, output_loading_info=True)
     model.eval()
-    cases = load_file(cases_file)
+    with np.load(cases_file) as file:
+        cases = {name: torch.from_numpy(file[name]) for name in file}
     found: dict[str, Tensor] = {}
     names = [name.removeprefix("ids/") for name in cases if name.startswith("ids/")]
     longest = max(names, key=lambda name: int(cases[f"mask/{name}"].sum()))
@@ -166,7 +167,7 @@ def main(folder: str, cases_file: str, out: str) -> dict[str, Any]:
     ids = cases[f"ids/{longest}"][:1]
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     found["greedy"] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, out)
+    np.savez(out, allow_pickle=False, **{name: tensor.numpy() for name, tensor in found.items()})
     deaf = [] if ours else probe_settings(folder, config, ids, torch.ones_like(ids))
     return {
         "class": type(model).__name__,

@@ -89,8 +89,8 @@ def upcycle_folder(
     with writer:
         writer.write_json("config.json", plan.config_fields())
         advance = track(summary["bytes"]) if track else None
+        writer.copy_companions(source)  # a tokenizer that does not fit is refused before the weights are written
         writer.write_tensors(plan.tensors(), on_tensor=advance and (lambda _, count: advance(count)))
-        writer.copy_companions(source)
         if verify_texts is not None:
             comparisons += _verify(plan, writer.path, verify_texts)
         writer.commit(provenance(plan, comparisons) | plan.form.record(plan.model))

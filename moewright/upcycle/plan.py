@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Sequence
-from functools import cache, lru_cache, partial, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +82,10 @@ class UpcyclePlan:
             untie_head(self.model)
         graft(self.model, self.layers)
         self.form: Form = form_of(self.model, wanted=format)
-        self.held = cache(self._held)
-        self.router = cache(self._router)
         # The block of the layer at hand, of each model.
-        self._projection = lru_cache(maxsize=6 * len(self.folders))(lambda owner, name: self.folders[owner].read(name))
+        self._projections = [lru_cache(maxsize=6)(each.read) for each in self.folders]
+        self._held: dict[int, Held] = {}
+        self._routers: dict[int, Tensor] = {}
         self._states: dict[int, list[list[Tensor]]] = {}
         self._observed = Observed()
         self._measure(texts)
@@ -140,8 +140,8 @@ class UpcyclePlan:
             for layer, router in routers.items()
         }
 
-    def _held(self, layer: int) -> Held:
-        """Which neurons the layer's experts hold."""
+    def held(self, layer: int) -> Held:
+        """Which neurons the layer's experts hold; dealt out when first asked for."""
 
         def features() -> Tensor:
             if layer in self._observed.hidden:
@@ -150,24 +150,28 @@ class UpcyclePlan:
             name, rows = self.family.projection(self.backbone, first, layer)
             return unit_rows(self.folder.read(name)[rows])
 
-        return held_neurons(
-            self.config,
-            width=self.family.size_of(self.backbone, layer),
-            layer=layer,
-            features=features,
-            importance_W=self._observed.importance.get(layer),
-        )
+        if layer not in self._held:
+            self._held[layer] = held_neurons(
+                self.config,
+                width=self.family.size_of(self.backbone, layer),
+                layer=layer,
+                features=features,
+                importance_W=self._observed.importance.get(layer),
+            )
+        return self._held[layer]
 
-    def _router(self, layer: int) -> Tensor:
-        """The router's rows of a layer, (N, D)."""
-        rows_MD = start_rows(
-            self.config,
-            hidden_size=self.layers[layer].hidden_size,
-            layer=layer,
-            inputs_TD=self._observed.inputs.get(layer),
-            states=self._states.get(layer),
-        )
-        return repeated(rows_MD, granularity=self.config.tied, dtype=self.dtype)
+    def router(self, layer: int) -> Tensor:
+        """The router's rows of a layer, (N, D), made when first asked for."""
+        if layer not in self._routers:
+            rows_MD = start_rows(
+                self.config,
+                hidden_size=self.layers[layer].hidden_size,
+                layer=layer,
+                inputs_TD=self._observed.inputs.get(layer),
+                states=self._states.get(layer),
+            )
+            self._routers[layer] = repeated(rows_MD, granularity=self.config.tied, dtype=self.dtype)
+        return self._routers[layer]
 
     def tensor(self, slot: Slot) -> Tensor:
         """Make one tensor of the sparse folder from the dense ones, in the dtype to be written."""
@@ -226,16 +230,24 @@ class UpcyclePlan:
         count = len(self.folders)
         if piece.expert >= 0 or count == 1:
             owner = sibling_of(max(piece.expert, 0), granularity=self.config.granularity, siblings=count)
-            return self._projection(owner, name)[rows]
+            return self._projections[owner](name)[rows]
         wide = torch.promote_types(self.dtype, torch.float32)
-        return average((self._projection(owner, name)[rows] for owner in range(count)), name=name, dtype=wide)
+        return average((self._projections[owner](name)[rows] for owner in range(count)), name=name, dtype=wide)
 
     def tensors(self) -> dict[str, LazyTensor]:
-        """Every tensor of the sparse folder, in the order of writing."""
+        """Every tensor of the sparse folder, in the order of writing; `ModelError` for what float16 cannot hold."""
         return {
-            slot.name: LazyTensor(slot.shape, slot.dtype or self.dtype, partial(self.tensor, slot))
+            slot.name: LazyTensor(slot.shape, slot.dtype or self.dtype, partial(self._in_range, slot))
             for slot in self.form.slots(self.model)
         }
+
+    def _in_range(self, slot: Slot) -> Tensor:
+        tensor = self.tensor(slot)
+        if tensor.dtype == torch.float16 and not self.folder.allow_nonfinite and not bool(tensor.isfinite().all()):
+            raise ModelError(
+                f"{slot.name}: larger than the 65504 that float16 holds; write --dtype bfloat16 or float32"
+            )
+        return tensor
 
     def _memory_needed(self) -> int:
         """Bytes held at a time while writing; calibration and verification load a model besides."""

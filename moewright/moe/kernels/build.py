@@ -1,4 +1,4 @@
-"""Compiles native.cpp once for this machine, this torch and this source, and loads what came out."""
+"""Compiles native.cpp once for this machine, this torch and these sources, and loads what came out."""
 
 import hashlib
 import logging
@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = (SOURCE, SOURCE.with_name("native_elementwise.h"))
+"""All that is compiled."""
 # Not -ffast-math, which would change how the whole process rounds: the two are what vector loops need of it.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
 
@@ -71,5 +73,6 @@ def _identity(compiler: list[str]) -> str:
     """Changes with everything that the compiled code depends on."""
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
     processor = sorted(torch.cpu.get_capabilities().items())
-    facts = (SOURCE.read_text(encoding="utf-8"), FLAGS, torch.__version__, compiler, version, processor)
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    facts = (sources, FLAGS, torch.__version__, compiler, version, processor)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,204 +1,99 @@
 // All experts on a CPU: one expert at a time on each thread, its rows staying in the cache.
 //
-// Letters: T tokens, N assignments sorted by expert, D model width, E experts, F expert width, H width of the first
-// product (2F when gated, the gate half first; else F), n rows of one expert. See native.py, which compiles this.
+// Letters: T tokens, K choices a token, N = T * K assignments sorted by expert, D model width, E experts, F expert
+// width, H width of the first product (2F when gated, the gate half first; else F), n rows of one expert, m those
+// rows and what they are padded with, R rows of all experts so padded. See native.py, which compiles this.
 //
-// Three dtypes: that of the tensors; `compute`, that of the matrix products, which the caller passes x and the
-// gradient of y in; and `wide`, float or double, for what is done element by element and for sums over experts.
+// Three dtypes beside that of the weights: `compute`, that of the matrix products, in which the caller passes x and the
+// gradient of y; `stored`, or S, what the loops over elements read and write, which is `compute` but float for
+// float16; and `wide`, float or double, what these loops and sums over experts compute in.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
-#include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "native_elementwise.h"
+
 namespace {
 
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-// ---- activations: value and derivative at x ----
-
-#define ACTIVATION(name, ...)                                     \
-  struct name {                                                   \
-    template <class T>                                            \
-    static inline void at(T x, T& value, T& slope) { __VA_ARGS__ } \
-  };
-
-inline double exponential(double x) { return std::exp(x); }
-
-// The C library's is not vectorised unless the whole file is compiled with -ffast-math. x = n ln 2 + r with |r| at
-// most ln(2) / 2, and 2^n comes from the bits of the exponent; Taylor's series of degree 7 is exact to 1e-8 there.
-inline float exponential(float x) {
-  // Far enough for all that is done with it here, and no result, nor its inverse, is a slow denormal number.
-  x = x < -60.0f ? -60.0f : x > 60.0f ? 60.0f : x;
-  const float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // rounds to a whole number
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float p =
-      1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
-  return p * std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-}
-
-template <class T> inline T logistic(T x) { return T(1) / (T(1) + exponential(-x)); }
-
-ACTIVATION(Silu, T s = logistic(x); value = x * s; slope = s * (T(1) + x * (T(1) - s));)
-ACTIVATION(QuickGelu, T s = logistic(T(1.702) * x); value = x * s; slope = s * (T(1) + T(1.702) * x * (T(1) - s));)
-ACTIVATION(Sigmoid, value = logistic(x); slope = value * (T(1) - value);)
-ACTIVATION(Tanh, value = std::tanh(x); slope = T(1) - value * value;)
-ACTIVATION(Linear, value = x; slope = T(1);)
-ACTIVATION(Relu, slope = x > T(0) ? T(1) : T(0); value = x * slope;)
-ACTIVATION(LeakyRelu, slope = x > T(0) ? T(1) : T(0.01); value = x * slope;)
-ACTIVATION(SquaredRelu, T r = x < T(0) ? T(0) : x; value = r * r; slope = T(2) * r;)
-ACTIVATION(Relu6, slope = x > T(0) && x < T(6) ? T(1) : T(0); value = x < T(0) ? T(0) : x > T(6) ? T(6) : x;)
-ACTIVATION(Gelu, T c = T(0.5) * (T(1) + std::erf(x * T(M_SQRT1_2))); value = x * c;
-           slope = c + x * T(0.5 * M_SQRT1_2 * M_2_SQRTPI) * exponential(T(-0.5) * x * x);)
-ACTIVATION(ClippedGelu, Gelu::at(x, value, slope); slope = value > T(10) ? T(0) : slope;
-           value = value > T(10) ? T(10) : value;)
-ACTIVATION(TanhGelu, T k = T(M_SQRT1_2 * M_2_SQRTPI); T s = logistic(T(2) * k * (x + T(0.044715) * x * x * x));
-           value = x * s;  // (1 + tanh(u)) / 2 = logistic(2 u)
-           slope = s + x * T(2) * s * (T(1) - s) * k * (T(1) + T(3 * 0.044715) * x * x);)
-ACTIVATION(Mish, T e = std::exp(-std::abs(x)); T p = std::log1p(e) + (x > T(0) ? x : T(0)); T t = std::tanh(p);
-           value = x * t; slope = t + x * (T(1) - t * t) * logistic(x);)
-ACTIVATION(Hardswish, T r = x + T(3); r = r < T(0) ? T(0) : r > T(6) ? T(6) : r; value = x * r / T(6);
-           slope = x <= T(-3) ? T(0) : x >= T(3) ? T(1) : x / T(3) + T(0.5);)
-ACTIVATION(Laplace, T z = (x - T(0.707107)) / T(0.282095 * M_SQRT2); value = T(0.5) * (T(1) + std::erf(z));
-           slope = exponential(-z * z) * T(0.5 * M_2_SQRTPI / (0.282095 * M_SQRT2));)
-
-// In parallel where all threads work on one expert; a thread with experts of its own does its rows itself.
-template <class Row>
-void for_rows(int64_t n, const Row& row) {
-  at::parallel_for(0, n, 64, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) row(i);
-  });
-}
-
-// ---- element by element, rows of an expert; `gate` and `up` are the halves of a row of H ----
-
-template <class T>
-using Forward = void (*)(const T* h_nH, const T* weight_n, T* a_nF, int64_t n, int64_t F);
-template <class T>
-using Backward = void (*)(const T* h_nH, const T* weight_n, const T* d_a_nF, T* a_nF, T* d_h_nH, T* d_weight_n,
-                          int64_t n, int64_t F);
-
-template <class T, class A, bool GATED>
-void forward_rows(const T* h_nH, const T* weight_n, T* a_nF, int64_t n, int64_t F) {
-  for_rows(n, [&](int64_t i) {
-    const T *__restrict gate = h_nH + i * F * (GATED ? 2 : 1), *__restrict up = gate + F;
-    const T weight = weight_n[i];
-    T* __restrict a = a_nF + i * F;
-#pragma omp simd
-    for (int64_t f = 0; f < F; f++) {
-      T value, slope;
-      A::template at<T>(gate[f], value, slope);
-      a[f] = value * weight * (GATED ? up[f] : T(1));
-    }
-  });
-}
-
-// Reads the gradient of what went into the second product, before its combine weight; leaves that input, weighted.
-template <class T, class A, bool GATED>
-void backward_rows(const T* h_nH, const T* weight_n, const T* d_a_nF, T* a_nF, T* d_h_nH, T* d_weight_n, int64_t n,
-                   int64_t F) {
-  for_rows(n, [&](int64_t i) {
-    const int64_t row = i * F * (GATED ? 2 : 1);
-    const T *gate = h_nH + row, *up = gate + F, *d_a = d_a_nF + i * F;
-    T weight = weight_n[i], *a = a_nF + i * F, *d_gate = d_h_nH + row, *d_up = d_gate + F, sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t f = 0; f < F; f++) {
-      T value, slope, times = GATED ? up[f] : T(1), gradient = d_a[f] * weight;
-      A::template at<T>(gate[f], value, slope);
-      sum += d_a[f] * value * times;
-      a[f] = value * times * weight;
-      d_gate[f] = gradient * times * slope;
-      if constexpr (GATED) d_up[f] = gradient * value;
-    }
-    d_weight_n[i] = sum;
-  });
-}
-
-template <class T>
-struct Elementwise {
-  Forward<T> forward;
-  Backward<T> backward;
-};
-
-template <class T, class A>
-Elementwise<T> of(bool gated) {
-  if (gated) return {forward_rows<T, A, true>, backward_rows<T, A, true>};
-  return {forward_rows<T, A, false>, backward_rows<T, A, false>};
-}
-
-template <class T>
-Elementwise<T> elementwise(const std::string& name, bool gated) {
-  if (name == "silu" || name == "swish") return of<T, Silu>(gated);
-  if (name == "gelu" || name == "gelu_python") return of<T, Gelu>(gated);
-  if (name == "gelu_10") return of<T, ClippedGelu>(gated);
-  if (name == "quick_gelu") return of<T, QuickGelu>(gated);
-  if (name.starts_with("gelu_")) return of<T, TanhGelu>(gated);
-  if (name == "relu") return of<T, Relu>(gated);
-  if (name == "relu2") return of<T, SquaredRelu>(gated);
-  if (name == "relu6") return of<T, Relu6>(gated);
-  if (name == "leaky_relu") return of<T, LeakyRelu>(gated);
-  if (name == "linear") return of<T, Linear>(gated);
-  if (name == "sigmoid") return of<T, Sigmoid>(gated);
-  if (name == "tanh") return of<T, Tanh>(gated);
-  if (name == "mish") return of<T, Mish>(gated);
-  if (name == "hardswish") return of<T, Hardswish>(gated);
-  TORCH_CHECK(name == "laplace", "no activation ", name);
-  return of<T, Laplace>(gated);
-}
-
 // ---- which thread takes which rows ----
 
 struct Block {
-  int64_t expert, start, end;
-  bool more;  // not the first of its expert
+  int64_t expert, start, n;  // `start` among the sorted assignments
+  int64_t row, m;            // where it starts among the padded rows, and how many they are
+  bool more;                 // not the first of its expert
 };
 
 struct Plan {
-  std::vector<Block> heavy;                // with all threads, one product at a time
-  std::vector<std::vector<Block>> shares;  // one for each thread
-  std::vector<int64_t> idle;               // experts without rows
+  std::vector<std::vector<Block>> light, heavy;  // of each expert; those of a heavy one with all threads at once
+  std::vector<int64_t> idle;                     // experts without rows
 };
 
-// The heaviest expert first, each to the thread with least to do. An expert too heavy for one thread is left to all.
-// What lies between an expert's products stays small by taking `most` rows at a time.
-Plan plan_of(const Tensor& ends_E, int64_t most) {
+constexpr int64_t ROWS = 1024;
+
+// The heaviest expert first. One that is too heavy for a single thread is left to all.
+//
+// What lies between an expert's products stays small by taking ROWS rows at a time, but for short dtypes, in which a
+// gradient cannot be added up without rounding. Those are padded: oneDNN compiles code for each shape of a product in
+// them, takes as long for it as for the product of hundreds of rows, and keeps a thousand. So there are few numbers of
+// rows, multiples of `multiple` and of a 16th of the power of two below. (A multiple of 1: no padding.)
+Plan plan_of(const Tensor& ends_E, int64_t multiple) {
   const int32_t* ends = ends_E.const_data_ptr<int32_t>();
-  const int64_t E = ends_E.numel(), threads = at::get_num_threads();
-  std::vector<int64_t> load(E), order(E), sums(threads, 0);
-  for (int64_t e = 0; e < E; e++) load[e] = ends[e] - (e ? ends[e - 1] : 0);
+  const int64_t E = ends_E.numel(), threads = at::get_num_threads(), most = multiple == 1 ? ROWS : INT64_MAX / 2;
+  auto padded = [&](int64_t n) {
+    if (multiple == 1) return n;
+    const int64_t step = std::max<int64_t>(multiple, std::bit_floor<uint64_t>(n - 1) / 16);
+    return (n + step - 1) / step * step;
+  };
+  std::vector<int64_t> load(E), order(E), row(E);
+  for (int64_t e = 0; e < E; e++) {
+    load[e] = ends[e] - (e ? ends[e - 1] : 0);
+    row[e] = e ? row[e - 1] + padded(load[e - 1]) : 0;
+  }
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return load[a] > load[b]; });
   Plan plan;
-  plan.shares.resize(threads);
   for (int64_t e : order) {
     if (!load[e]) {
       plan.idle.push_back(e);
       continue;
     }
-    std::vector<Block>* to = &plan.heavy;
-    if (threads > 1 && load[e] * 2 * threads <= ends[E - 1]) {
-      const int64_t thread = std::min_element(sums.begin(), sums.end()) - sums.begin();
-      sums[thread] += load[e];
-      to = &plan.shares[thread];
+    std::vector<Block>& blocks = (load[e] * threads > ends[E - 1] ? plan.heavy : plan.light).emplace_back();
+    for (int64_t done = 0, n; done < load[e]; done += n) {
+      n = std::min(most, load[e] - done);
+      blocks.push_back({e, ends[e] - load[e] + done, n, row[e] + done, padded(n), done > 0});
     }
-    const int64_t first = ends[e] - load[e];
-    for (int64_t start = first; start < ends[e]; start += most)
-      to->push_back({e, start, std::min<int64_t>(start + most, ends[e]), start > first});
   }
   return plan;
+}
+
+// A thread takes the next expert when it is done with one: no result depends on who does which.
+template <class Work>
+void for_blocks(const Plan& plan, const Work& work) {
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    at::AutoDispatchBelowADInplaceOrView guard;  // belongs to a thread
+    for (size_t i; (i = next++) < plan.light.size();)
+      for (const Block& block : plan.light[i]) work(block);
+  });
+  for (const std::vector<Block>& blocks : plan.heavy)
+    for (const Block& block : blocks) work(block);
 }
 
 // A buffer that this thread keeps, by number: what is written to one is gone when its number is asked for again.
@@ -217,49 +112,42 @@ Tensor cast(const Tensor& tensor, at::ScalarType dtype, size_t number) {
   return scratch(number, tensor.size(0), tensor.size(1), dtype).copy_(tensor);
 }
 
-// Runs `work(block, sum)` for all blocks, where `sum` (T, D) is the thread's own, and returns the sum of these:
-// memory for threads * T * D numbers while it runs.
-template <class Work>
-Tensor sum_over_threads(const Plan& plan, const Tensor& like_TD, at::ScalarType wide, const Work& work) {
-  std::vector<Tensor> sums(plan.shares.size());
-  at::parallel_for(0, plan.shares.size(), 1, [&](int64_t first, int64_t last) {
-    at::AutoDispatchBelowADInplaceOrView guard;  // belongs to a thread
-    for (int64_t i = first; i < last; i++) {
-      if (plan.shares[i].empty()) continue;
-      sums[i] = at::zeros(like_TD.sizes(), like_TD.options().dtype(wide));
-      for (const Block& block : plan.shares[i]) work(block, sums[i]);
-    }
-  });
-  Tensor total_TD;
-  for (const Tensor& sum : sums) {
-    if (!sum.defined()) continue;
-    total_TD = total_TD.defined() ? total_TD.add_(sum) : sum;
-  }
-  if (!total_TD.defined()) total_TD = at::zeros(like_TD.sizes(), like_TD.options().dtype(wide));
-  for (const Block& block : plan.heavy) work(block, total_TD);
-  return total_TD;
-}
-
-Tensor rows(const Tensor& source_TD, const int64_t* token_n, int64_t n, size_t number) {
-  Tensor rows_nD = scratch(number, n, source_TD.size(1), source_TD.scalar_type());
+// The rows of a block's tokens, and zeros.
+Tensor gather(const Tensor& source_TD, const int64_t* token_n, const Block& block, size_t number) {
+  Tensor rows_mD = scratch(number, block.m, source_TD.size(1), source_TD.scalar_type());
   const size_t bytes = source_TD.size(1) * source_TD.element_size();
   const char* from = static_cast<const char*>(source_TD.const_data_ptr());
-  char* to = static_cast<char*>(rows_nD.mutable_data_ptr());
-  for_rows(n, [&](int64_t i) { std::memcpy(to + i * bytes, from + token_n[i] * bytes, bytes); });
-  return rows_nD;
+  char* to = static_cast<char*>(rows_mD.mutable_data_ptr());
+  for_rows(block.n, [&](int64_t i) { std::memcpy(to + i * bytes, from + token_n[i] * bytes, bytes); });
+  std::memset(to + block.n * bytes, 0, (block.m - block.n) * bytes);
+  return rows_mD;
 }
 
-// A token occurs once among the rows of an expert.
-template <class T>
-void add_rows(Tensor& sum_TD, const int64_t* token_n, const Tensor& rows_nD) {
-  const int64_t n = rows_nD.size(0), D = rows_nD.size(1);
-  T* sum = sum_TD.mutable_data_ptr<T>();
-  const T* row = rows_nD.const_data_ptr<T>();
-  for_rows(n, [&](int64_t i) {
-    T* to = sum + token_n[i] * D;
-    const T* from = row + i * D;
+// y = for each token the sum over its choices, in their order: the same whatever the number of threads.
+template <class S>
+void add_choices(const Plan& plan, const Tensor& order_N, const Tensor& rows_RD, Tensor& y_TD) {
+  const int64_t T = y_TD.size(0), D = y_TD.size(1), K = T ? order_N.numel() / T : 0;
+  const int64_t* order = order_N.const_data_ptr<int64_t>();
+  std::vector<int64_t> row_TK(T * K, -1);
+  for (const auto* experts : {&plan.light, &plan.heavy})
+    for (const std::vector<Block>& blocks : *experts)
+      for (const Block& block : blocks)
+        for (int64_t i = 0; i < block.n; i++) row_TK[order[block.start + i]] = block.row + i;
+  const S* rows = rows_RD.const_data_ptr<S>();
+  S* y = y_TD.mutable_data_ptr<S>();
+  at::parallel_for(0, T, 64, [&](int64_t first, int64_t last) {
+    std::vector<Wide<S>> sum(D);
+    for (int64_t t = first; t < last; t++) {
+      std::fill(sum.begin(), sum.end(), 0);
+      for (int64_t k = 0; k < K; k++) {
+        if (row_TK[t * K + k] < 0) continue;
+        const S* row = rows + row_TK[t * K + k] * D;
 #pragma omp simd
-    for (int64_t d = 0; d < D; d++) to[d] += from[d];
+        for (int64_t d = 0; d < D; d++) sum[d] += load(row[d]);
+      }
+#pragma omp simd
+      for (int64_t d = 0; d < D; d++) store(y[t * D + d], sum[d]);
+    }
   });
 }
 
@@ -274,6 +162,24 @@ void product_into(Tensor out, const Tensor& a, const Tensor& b, bool more, size_
   if (!sum.is_same(out)) out.copy_(sum);
 }
 
+// out = the sum of a block's rows, or the sum of `weight` times them; kept in a buffer from block to block.
+template <class S>
+void sum_into(Tensor out, const Tensor& rows_mW, const Wide<S>* weight_n, const Block& block, size_t number) {
+  const int64_t width = out.numel();
+  Tensor sum = scratch(number, 1, width, c10::CppTypeToScalarType<Wide<S>>::value);
+  if (!block.more) sum.zero_();
+  const S* rows = rows_mW.const_data_ptr<S>();
+  Wide<S>* to = sum.mutable_data_ptr<Wide<S>>();
+  at::parallel_for(0, width, 512, [&](int64_t first, int64_t last) {
+    for (int64_t i = 0; i < block.n; i++) {
+      const Wide<S> weight = weight_n ? weight_n[i] : Wide<S>(1);
+#pragma omp simd
+      for (int64_t d = first; d < last; d++) to[d] += weight * load(rows[i * width + d]);
+    }
+  });
+  out.copy_(sum.view_as(out));
+}
+
 // ---- forward and backward ----
 
 struct Experts {
@@ -281,119 +187,137 @@ struct Experts {
   const Optional &first_bias_EH, &down_bias_ED;
 };
 
-constexpr int64_t ROWS = 1024;
+struct Routes {
+  const Tensor &weight_N, &token_N, &order_N, &ends_E;
+  int64_t multiple;  // see plan_of
+};
 
-// In one block where a gradient could not be added up without rounding.
-int64_t rows_at_once(at::ScalarType compute) { return at::elementSize(compute) >= 4 ? ROWS : INT64_MAX / 2; }
-
-template <class T>
-Tensor forward_as(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N, const Tensor& ends_E,
-                  const Experts& experts, const Elementwise<T>& rowwise, const Optional& hidden_NH) {
-  const auto wide = c10::CppTypeToScalarType<T>::value, compute = x_TD.scalar_type();
-  const int64_t *token = token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
+template <class S>
+void forward_as(const Tensor& x_TD, const Routes& routes, const Experts& experts, const Elementwise<S>& rowwise,
+                Tensor& rows_RD, Tensor& y_TD, const Optional& hidden_RH) {
+  const auto stored = c10::CppTypeToScalarType<S>::value, compute = x_TD.scalar_type();
+  const int64_t *token = routes.token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
   const int64_t H = experts.first_EHD.size(1);
-  const T* weight = weight_N.const_data_ptr<T>();
-  return sum_over_threads(plan_of(ends_E, rows_at_once(compute)), x_TD, wide, [&](const Block& block, Tensor& sum_TD) {
-    const int64_t n = block.end - block.start, e = block.expert;
-    Tensor x_nD = rows(x_TD, token + block.start, n, 0), kept_nH;
-    if (hidden_NH) kept_nH = hidden_NH->narrow(0, block.start, n);
-    const bool direct = hidden_NH && hidden_NH->scalar_type() == compute;
-    Tensor h_nH = direct ? kept_nH : scratch(1, n, H, compute);
-    at::mm_out(h_nH, x_nD, cast(experts.first_EHD[e], compute, 2).t());
-    if (experts.first_bias_EH) h_nH.add_((*experts.first_bias_EH)[e]);
-    if (hidden_NH && !direct) kept_nH.copy_(h_nH);
+  const Wide<S>* weight = routes.weight_N.const_data_ptr<Wide<S>>();
+  const Plan plan = plan_of(routes.ends_E, routes.multiple);
+  for_blocks(plan, [&](const Block& block) {
+    const int64_t m = block.m, e = block.expert;
+    Tensor x_mD = gather(x_TD, token + block.start, block, 0), kept_mH;
+    if (hidden_RH) kept_mH = hidden_RH->narrow(0, block.row, m);
+    const bool direct = hidden_RH && hidden_RH->scalar_type() == compute;
+    Tensor h_mH = direct ? kept_mH : scratch(1, m, H, compute);
+    at::mm_out(h_mH, x_mD, cast(experts.first_EHD[e], compute, 2).t());
+    if (experts.first_bias_EH) h_mH.add_((*experts.first_bias_EH)[e]);
+    if (hidden_RH && !direct) kept_mH.copy_(h_mH);
 
-    Tensor wide_nH = cast(h_nH, wide, 3), a_nF = scratch(4, n, F, wide);
-    rowwise.forward(wide_nH.const_data_ptr<T>(), weight + block.start, a_nF.mutable_data_ptr<T>(), n, F);
-    at::mm_out(x_nD, cast(a_nF, compute, 5), cast(experts.down_EDF[e], compute, 6).t());
+    // The padding of `a` is what was left there: it meets no row but its own.
+    Tensor stored_mH = cast(h_mH, stored, 3), a_mF = scratch(4, m, F, stored), y_mD = rows_RD.narrow(0, block.row, m);
+    rowwise.forward(stored_mH.const_data_ptr<S>(), weight + block.start, a_mF.mutable_data_ptr<S>(), block.n, F);
+    product_into(y_mD, cast(a_mF, compute, 5), cast(experts.down_EDF[e], compute, 6).t(), false, 7);
     if (experts.down_bias_ED)
-      x_nD.addcmul_(weight_N.narrow(0, block.start, n).unsqueeze(1), (*experts.down_bias_ED)[e]);
-    add_rows<T>(sum_TD, token + block.start, cast(x_nD, wide, 7));
+      y_mD.narrow(0, 0, block.n)
+          .addcmul_(routes.weight_N.narrow(0, block.start, block.n).unsqueeze(1), (*experts.down_bias_ED)[e]);
   });
+  add_choices<S>(plan, routes.order_N, rows_RD, y_TD);
 }
 
-template <class T>
-Tensor backward_as(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_TD, const Tensor& weight_N,
-                   const Tensor& token_N, const Tensor& ends_E, const Experts& experts, const Elementwise<T>& rowwise,
-                   Tensor& d_weight_N, const Optional& d_first_EHD, const Optional& d_down_EDF,
-                   const Optional& d_first_bias_EH, const Optional& d_down_bias_ED) {
-  const auto wide = c10::CppTypeToScalarType<T>::value, compute = x_TD.scalar_type();
-  const int64_t *token = token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
-  const T* weight = weight_N.const_data_ptr<T>();
-  const Plan plan = plan_of(ends_E, rows_at_once(compute));
+struct Gradients {
+  Tensor& weight_N;
+  const Optional &first_EHD, &down_EDF, &first_bias_EH, &down_bias_ED;
+};
+
+template <class S>
+void backward_as(const Tensor& d_y_TD, const Tensor& hidden_RH, const Tensor& x_TD, const Routes& routes,
+                 const Experts& experts, const Elementwise<S>& rowwise, Tensor& rows_RD, Tensor& d_x_TD,
+                 const Gradients& gradients) {
+  const auto stored = c10::CppTypeToScalarType<S>::value, compute = x_TD.scalar_type();
+  const int64_t *token = routes.token_N.const_data_ptr<int64_t>(), F = experts.down_EDF.size(2);
+  const int64_t H = hidden_RH.size(1);
+  const Wide<S>* weight = routes.weight_N.const_data_ptr<Wide<S>>();
+  Wide<S>* d_weight = gradients.weight_N.mutable_data_ptr<Wide<S>>();
+  const Plan plan = plan_of(routes.ends_E, routes.multiple);
   for (int64_t e : plan.idle) {
-    for (const Optional* gradient : {&d_first_EHD, &d_down_EDF, &d_first_bias_EH, &d_down_bias_ED})
+    for (const Optional* gradient :
+         {&gradients.first_EHD, &gradients.down_EDF, &gradients.first_bias_EH, &gradients.down_bias_ED})
       if (*gradient) (**gradient)[e].zero_();
   }
-  return sum_over_threads(plan, x_TD, wide, [&](const Block& block, Tensor& sum_TD) {
-    const int64_t n = block.end - block.start, e = block.expert;
-    Tensor x_nD = rows(x_TD, token + block.start, n, 0), g_nD = rows(d_y_TD, token + block.start, n, 1);
-    Tensor h_nH = cast(hidden_NH.narrow(0, block.start, n), wide, 2);
+  for_blocks(plan, [&](const Block& block) {
+    const int64_t m = block.m, n = block.n, e = block.expert;
+    Tensor x_mD = gather(x_TD, token + block.start, block, 0), g_mD = gather(d_y_TD, token + block.start, block, 1);
+    Tensor h_mH = cast(hidden_RH.narrow(0, block.row, m), stored, 2);
     // Without its combine weight, the gradient of the second product's input times that input is the gradient of
     // the combine weight: the expert's output need not be kept.
-    Tensor d_a_nF = scratch(3, n, F, compute);
-    at::mm_out(d_a_nF, g_nD, cast(experts.down_EDF[e], compute, 4));
-    Tensor wide_d_a_nF = cast(d_a_nF, wide, 5), a_nF = scratch(6, n, F, wide), d_h_nH = scratch(7, n, h_nH.size(1), wide);
-    rowwise.backward(h_nH.const_data_ptr<T>(), weight + block.start, wide_d_a_nF.const_data_ptr<T>(),
-                     a_nF.mutable_data_ptr<T>(), d_h_nH.mutable_data_ptr<T>(),
-                     d_weight_N.mutable_data_ptr<T>() + block.start, n, F);
-    if (d_down_EDF) product_into((*d_down_EDF)[e], g_nD.t(), cast(a_nF, compute, 8), block.more, 9);
-    if (d_down_bias_ED) {
-      Tensor weight_n1 = weight_N.narrow(0, block.start, n).unsqueeze(1).to(compute);
-      product_into((*d_down_bias_ED)[e].unsqueeze(1), g_nD.t(), weight_n1, block.more, 10);
-    }
+    Tensor d_a_mF = scratch(3, m, F, compute);
+    at::mm_out(d_a_mF, g_mD, cast(experts.down_EDF[e], compute, 4));
+    d_a_mF = cast(d_a_mF, stored, 5);
+    Tensor a_mF = scratch(6, m, F, stored), d_h_mH = scratch(7, m, H, stored);
+    rowwise.backward(h_mH.const_data_ptr<S>(), weight + block.start, d_a_mF.const_data_ptr<S>(),
+                     a_mF.mutable_data_ptr<S>(), d_h_mH.mutable_data_ptr<S>(), d_weight + block.start, n, F);
+    for (Tensor* padded : {&a_mF, &d_h_mH})  // it is summed over below
+      if (m > n) padded->narrow(0, n, m - n).zero_();
+    if (gradients.down_EDF) product_into((*gradients.down_EDF)[e], g_mD.t(), cast(a_mF, compute, 8), block.more, 9);
+    if (gradients.down_bias_ED)
+      sum_into<S>((*gradients.down_bias_ED)[e], cast(g_mD, stored, 10), weight + block.start, block, 11);
     if (experts.down_bias_ED) {
-      Tensor from_bias_n1 = scratch(16, n, 1, compute);
-      at::mm_out(from_bias_n1, g_nD, (*experts.down_bias_ED)[e].unsqueeze(1).to(compute));
-      d_weight_N.narrow(0, block.start, n).add_(from_bias_n1.squeeze(1));
+      Tensor from_bias_m1 = scratch(12, m, 1, compute);
+      at::mm_out(from_bias_m1, g_mD, (*experts.down_bias_ED)[e].unsqueeze(1).to(compute));
+      gradients.weight_N.narrow(0, block.start, n).add_(from_bias_m1.squeeze(1).narrow(0, 0, n));
     }
-    Tensor g_nH = cast(d_h_nH, compute, 11);
-    if (d_first_EHD) product_into((*d_first_EHD)[e], g_nH.t(), x_nD, block.more, 12);
-    if (d_first_bias_EH) {
-      Tensor ones_n1 = scratch(13, n, 1, compute).fill_(1);
-      product_into((*d_first_bias_EH)[e].unsqueeze(1), g_nH.t(), ones_n1, block.more, 14);
-    }
-    at::mm_out(g_nD, g_nH, cast(experts.first_EHD[e], compute, 4));
-    add_rows<T>(sum_TD, token + block.start, cast(g_nD, wide, 15));
+    Tensor g_mH = cast(d_h_mH, compute, 13);
+    if (gradients.first_EHD) product_into((*gradients.first_EHD)[e], g_mH.t(), x_mD, block.more, 14);
+    if (gradients.first_bias_EH) sum_into<S>((*gradients.first_bias_EH)[e], d_h_mH, nullptr, block, 15);
+    product_into(rows_RD.narrow(0, block.row, m), g_mH, cast(experts.first_EHD[e], compute, 4), false, 16);
+  });
+  add_choices<S>(plan, routes.order_N, rows_RD, d_x_TD);
+}
+
+// x and the gradient of y are in the dtype of the products; weight in float, or double with double; rows, y and the
+// gradient of x in what is stored.
+template <class Run>
+void in_dtype_of(const Tensor& x_TD, const std::string& activation, bool gated, const Run& run) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  if (x_TD.scalar_type() == at::kDouble) return run(elementwise<double>(activation, gated));
+  if (x_TD.scalar_type() == at::kBFloat16) return run(elementwise<at::BFloat16>(activation, gated));
+  run(elementwise<float>(activation, gated));
+}
+
+void forward(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N, const Tensor& order_N,
+             const Tensor& ends_E, const Tensor& first_EHD, const Tensor& down_EDF, const Optional& first_bias_EH,
+             const Optional& down_bias_ED, std::string activation, bool gated, int64_t multiple, Tensor rows_RD,
+             Tensor y_TD, const Optional& hidden_RH) {
+  const Experts experts{first_EHD, down_EDF, first_bias_EH, down_bias_ED};
+  const Routes routes{weight_N, token_N, order_N, ends_E, multiple};
+  in_dtype_of(x_TD, activation, gated, [&](const auto& rowwise) {
+    forward_as(x_TD, routes, experts, rowwise, rows_RD, y_TD, hidden_RH);
   });
 }
 
-// x is in the dtype of the products; weight in float, or double with double.
-Tensor forward(const Tensor& x_TD, const Tensor& weight_N, const Tensor& token_N, const Tensor& ends_E,
-               const Tensor& first_EHD, const Tensor& down_EDF, const Optional& first_bias_EH,
-               const Optional& down_bias_ED, std::string activation, bool gated, const Optional& hidden_NH) {
-  at::AutoDispatchBelowADInplaceOrView guard;
+void backward(const Tensor& d_y_TD, const Tensor& hidden_RH, const Tensor& x_TD, const Tensor& weight_N,
+              const Tensor& token_N, const Tensor& order_N, const Tensor& ends_E, const Tensor& first_EHD,
+              const Tensor& down_EDF, const Optional& first_bias_EH, const Optional& down_bias_ED,
+              std::string activation, bool gated, int64_t multiple, Tensor rows_RD, Tensor d_x_TD, Tensor d_weight_N,
+              const Optional& d_first_EHD, const Optional& d_down_EDF, const Optional& d_first_bias_EH,
+              const Optional& d_down_bias_ED) {
   const Experts experts{first_EHD, down_EDF, first_bias_EH, down_bias_ED};
-  if (x_TD.scalar_type() == at::kDouble)
-    return forward_as(x_TD, weight_N, token_N, ends_E, experts, elementwise<double>(activation, gated), hidden_NH);
-  return forward_as(x_TD, weight_N, token_N, ends_E, experts, elementwise<float>(activation, gated), hidden_NH);
-}
-
-Tensor backward(const Tensor& d_y_TD, const Tensor& hidden_NH, const Tensor& x_TD, const Tensor& weight_N,
-                const Tensor& token_N, const Tensor& ends_E, const Tensor& first_EHD, const Tensor& down_EDF,
-                const Optional& first_bias_EH, const Optional& down_bias_ED, std::string activation, bool gated,
-                Tensor d_weight_N, const Optional& d_first_EHD, const Optional& d_down_EDF,
-                const Optional& d_first_bias_EH, const Optional& d_down_bias_ED) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Experts experts{first_EHD, down_EDF, first_bias_EH, down_bias_ED};
-  auto as = [&](const auto& rowwise) {
-    return backward_as(d_y_TD, hidden_NH, x_TD, weight_N, token_N, ends_E, experts, rowwise, d_weight_N, d_first_EHD,
-                       d_down_EDF, d_first_bias_EH, d_down_bias_ED);
-  };
-  if (x_TD.scalar_type() == at::kDouble) return as(elementwise<double>(activation, gated));
-  return as(elementwise<float>(activation, gated));
+  const Routes routes{weight_N, token_N, order_N, ends_E, multiple};
+  const Gradients gradients{d_weight_N, d_first_EHD, d_down_EDF, d_first_bias_EH, d_down_bias_ED};
+  in_dtype_of(x_TD, activation, gated, [&](const auto& rowwise) {
+    backward_as(d_y_TD, hidden_RH, x_TD, routes, experts, rowwise, rows_RD, d_x_TD, gradients);
+  });
 }
 
 }  // namespace
 
 TORCH_LIBRARY(moewright_native, library) {
   library.def(
-      "forward(Tensor x, Tensor weight, Tensor token, Tensor ends, Tensor first, Tensor down, Tensor? first_bias, "
-      "Tensor? down_bias, str activation, bool gated, Tensor(a!)? hidden) -> Tensor",
+      "forward(Tensor x, Tensor weight, Tensor token, Tensor order, Tensor ends, Tensor first, Tensor down, "
+      "Tensor? first_bias, Tensor? down_bias, str activation, bool gated, int multiple, Tensor(a!) rows, Tensor(b!) y, "
+      "Tensor(c!)? hidden) -> ()",
       &forward);
   library.def(
-      "backward(Tensor d_y, Tensor hidden, Tensor x, Tensor weight, Tensor token, Tensor ends, Tensor first, "
-      "Tensor down, Tensor? first_bias, Tensor? down_bias, str activation, bool gated, Tensor(a!) d_weight, "
-      "Tensor(b!)? d_first, Tensor(c!)? d_down, Tensor(d!)? d_first_bias, Tensor(e!)? d_down_bias) -> Tensor",
+      "backward(Tensor d_y, Tensor hidden, Tensor x, Tensor weight, Tensor token, Tensor order, Tensor ends, "
+      "Tensor first, Tensor down, Tensor? first_bias, Tensor? down_bias, str activation, bool gated, int multiple, "
+      "Tensor(a!) rows, Tensor(b!) d_x, Tensor(c!) d_weight, Tensor(d!)? d_first, Tensor(e!)? d_down, "
+      "Tensor(f!)? d_first_bias, Tensor(g!)? d_down_bias) -> ()",
       &backward);
 }
