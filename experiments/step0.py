@@ -1,6 +1,7 @@
 """What upcycling changes before any training: SmolLM2-135M on real text, by method, granularity, order and scale.
 
     python experiments/step0.py             # measure, write results/step0.json, renew the tables of docs/upcycling.md
+    python experiments/step0.py --methods   # measure the table of methods alone, and keep the others
     python experiments/step0.py --tables    # renew the tables only
 
 Needs the demo's model (`make setup` installs it). The text is `argparse.py` of this Python's standard
@@ -53,6 +54,10 @@ TEXT = "configparser.py"
 FINE: dict[str, object] = {"granularity": 4, "top_k": 4}
 HALF: dict[str, object] = {"experts": 8, "top_k": 4, "split": True}
 METHODS: dict[str, dict[str, object]] = {
+    "copy": {"top_k": 2},
+    "virtual groups": FINE,
+    "virtual groups, published scale": FINE | {"scale": "uniform"},
+    "virtual groups, softmax-topk": FINE | {"router_order": "softmax-topk", "calibrate_on": TEXT},
     "noise 0.05": {"top_k": 2, "noise": 0.05},
     "redraw 0.5": {"top_k": 2, "redraw": 0.5},
     "redraw 0.5, separate sets": {"top_k": 2, "redraw": 0.5, "redraw_sets": "separate"},
@@ -79,12 +84,12 @@ METHODS: dict[str, dict[str, object]] = {
 """In a split, half of the block's parts for each token; else, as above, N/G = 4. F is 1536."""
 
 
-def measure() -> dict[str, object]:
+def measure(*, methods_alone: bool) -> dict[str, object]:
     """Every row of the tables, by table."""
     with tempfile.TemporaryDirectory() as folder:
         source = write_smollm2(Path(folder) / "dense")
         references = {}
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32,) if methods_alone else (torch.float32, torch.bfloat16):
             model = load_model(source, dtype=dtype)
             (ids,) = tokenise(source, [argparse.__file__], vocabulary=model.config.vocab_size)
             references[dtype] = Reference.of(model, [ids], tokens=TOKENS)
@@ -102,16 +107,29 @@ def measure() -> dict[str, object]:
             sys.stderr.write(f"{found}\n")
             return found
 
+        methods = {
+            "methods": [{"method": name} | row(settings) for name, settings in METHODS.items()],
+            "methods_made": circumstances(),
+        }
+        if methods_alone:
+            return methods
         exact, rounded = references[torch.float32], references[torch.bfloat16]
         rounding = compare_logits(rounded.logits, exact.logits, exact.windows, dtype=torch.bfloat16)
-        return {
+        return methods | {
+            "made": circumstances(),
             "exact": [row(settings) for settings in EXACT],
             "topk_first": [row(settings) for settings in TOPK_FIRST],
             "softmax_first": [row({"router_order": "softmax-topk"} | settings) for settings in SOFTMAX_FIRST],
-            "methods": [{"method": name} | row(settings) for name, settings in METHODS.items()],
             "bfloat16": [row(settings, torch.bfloat16) for settings in EXACT if settings["top_k"] in (2, 4)],
             "bfloat16_itself": asdict(rounding),
         }
+
+
+def circumstances() -> dict[str, str]:
+    """When, on what and with what it was measured."""
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "versions": versions}
 
 
 def tables(result: dict[str, object]) -> dict[str, str]:
@@ -132,39 +150,38 @@ def tables(result: dict[str, object]) -> dict[str, str]:
         "broken groups": lambda r: f"{r['broken_groups']:.2%}",
         "perplexity": lambda r: f"{r['sparse_perplexity']:.3f}",
     }
-    measured = (
-        "layer error",
-        "largest",
-        "relative logit difference",
-        "mean logit difference",
-        "same first token",
-        "perplexity",
-    )
+    measured = ("relative logit difference", "mean logit difference", "same first token", "perplexity")
 
     def table(rows: list[dict[str, object]], *names: str) -> str:
         lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
         lines += ["| " + " | ".join(str(columns[name](row)) for name in names) + " |" for row in rows]
         return "\n".join(lines)
 
-    rounding, made = result["bfloat16_itself"], result["made"]
+    rounding = result["bfloat16_itself"]
     dense = result["exact"][0]["dense_perplexity"]
-    circumstances = (
+    measured_on = (
         f"SmolLM2-135M-Instruct, {result['exact'][0]['tokens']} tokens of `argparse.py`, N/G = {EXPANSION}, all "
         f"30 layers; the dense model's perplexity is {dense:.3f}. "
-        f"{made['versions']}, {made['machine']}, {made['date']}."
     )
+
+    def made(key: str) -> str:
+        return f"{result[key]['versions']}, {result[key]['machine']}, {result[key]['date']}."
+
     bfloat16 = (
         f"The dense model itself in bfloat16, against float32: relative logit difference "
         f"{rounding['relative_logit_difference']:.1e}, mean {rounding['mean_logit_difference']:.1e}, same first token "
         f"{rounding['top1_agreement']:.1%}, perplexity {rounding['sparse_perplexity']:.3f}."
     )
     return {
-        "circumstances": circumstances,
+        "circumstances": measured_on + made("made"),
         "exact": table(result["exact"], "G", "T", *measured),
         "topk_first": table(result["topk_first"], "G", "T", "scale", *measured),
         "softmax_first": table(result["softmax_first"], "G", "T", "scale", "router std", *measured),
-        "methods": table(result["methods"], "method", "N", "G", "T", "order", "scale", *measured),
-        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:-1], "broken groups", "perplexity")
+        "methods": table(
+            result["methods"], "method", "N", "G", "T", "order", "scale", "layer error", "largest", *measured
+        )
+        + f"\n\n{made('methods_made')}",
+        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:3], "broken groups", "perplexity")
         + "\n\n"
         + bfloat16,
     }
@@ -184,17 +201,13 @@ def renew(page: str, result: dict[str, object]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tables", action="store_true", help="renew the tables from the results that are there")
-    if not parser.parse_args().tables:
-        versions = (
-            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-        )
-        made = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "versions": versions,
-        }
+    parser.add_argument("--methods", action="store_true", help="measure the table of methods alone")
+    args = parser.parse_args()
+    if not args.tables:
+        kept = json.loads(RESULT.read_text(encoding="utf-8")) if args.methods else {}
         RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps({"made": made} | measure(), indent=1) + "\n", encoding="utf-8")
+        result = kept | measure(methods_alone=args.methods)
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     page = renew(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8")))
     PAGE.write_text(page, encoding="utf-8")
 

@@ -77,7 +77,9 @@ def test_upcycling_page_shows_the_results():
     page, result = step0.PAGE.read_text(encoding="utf-8"), json.loads(step0.RESULT.read_text(encoding="utf-8"))
     assert step0.renew(page, result) == page, "run python experiments/step0.py --tables"
     # What the page claims of `exact` holds for every row that was measured.
-    assert max(row["relative_logit_difference"] for row in result["exact"]) <= 1e-5
+    exact = [row for row in result["exact"] + result["methods"] if row["settings"]["scale"] == "exact"]
+    assert max(row["relative_logit_difference"] for row in exact) <= 1e-5
+    assert [row["method"] for row in result["methods"]] == list(step0.METHODS)
     assert {(row["settings"]["granularity"], row["settings"]["top_k"]) for row in result["exact"]} == {
         (granularity, groups * granularity) for granularity in (1, 2, 4) for groups in (1, 2)
     }
