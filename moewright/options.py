@@ -107,12 +107,12 @@ def _add_upcycle(verbs: Any) -> None:
     verb.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
     verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     verb.add_argument("--allow-nonfinite", action="store_true", help="take weights that hold NaN or Inf as they are")
-    _add_fields(verb, UpcycleConfig)
+    _add_fields(verb, UpcycleConfig, title="settings (a run file's [upcycle] has them, too)")
 
 
-def _add_fields(verb: Parser, kind: type[Any]) -> None:
+def _add_fields(verb: Parser, kind: type[Any], *, title: str) -> None:
     """An option for each field of a dataclass, explained by the sentence under it."""
-    group = verb.add_argument_group("settings (a run file's [upcycle] has them, too)")
+    group = verb.add_argument_group(title)
     hints, texts = typing.get_type_hints(kind), sentences(kind)
     for field in dataclasses.fields(kind):
         hint, option = required(hints[field.name]), "--" + field.name.replace("_", "-")
@@ -171,27 +171,7 @@ def _add_distil(verbs: Any) -> None:
     verb.add_argument(
         "--verify-text", metavar="FILE", nargs="+", default=(), help="what is measured on (default: the text's end)"
     )
-    verb.add_argument(
-        "--tolerance", metavar="X", type=float, required=True, help="error, of the output's variance, to choose T for"
-    )
-    for name, kind, what in (
-        ("tokens", int, "to learn from"),
-        ("held-out-tokens", int, "to measure on"),
-        ("top-k", int, "experts a token while training (default: as in SPARSE)"),
-        ("layers-at-once", int, "trained side by side; fewer take less memory and more time"),
-        ("batch-size", int, "sequences a step"),
-        ("sequence-length", int, "tokens of one"),
-        ("learning-rate", float, "its peak"),
-        ("router-learning-rate-ratio", float, "the routers' share of it"),
-        ("balance-loss", float, "its coefficient"),
-        ("z-loss", float, "its coefficient"),
-        ("seed", int, "of the order of the text"),
-    ):
-        default = getattr(DistilConfig, name.replace("-", "_"))
-        said = what if default is None else f"{what} (default {default})"
-        verb.add_argument(f"--{name}", metavar="N" if kind is int else "X", type=kind, default=default, help=said)
-    verb.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="of the products while training")
-    verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
+    _add_fields(verb, DistilConfig, title="settings")
     verb.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
