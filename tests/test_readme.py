@@ -21,10 +21,11 @@ README = Path(__file__).parents[1] / "README.md"
 MOEWRIGHT = Path(sysconfig.get_path("scripts")) / "moewright"
 
 # The sizes of the README's run are hours on a CPU; the tiny model also has no more than 128 positions.
-SMALL = (
-    "--data.sequence_length 64 --train.steps 2 --train.batch_size 2 --train.micro_batch_size 1"
-    " --train.warmup_steps 1 --train.eval_every 1 --train.checkpoint_every 1"
-).split()
+SMALL = {
+    "train": "--data.sequence_length 64 --train.steps 2 --train.batch_size 2 --train.micro_batch_size 1"
+    " --train.warmup_steps 1 --train.eval_every 1 --train.checkpoint_every 1",
+    "distil": "--sequence-length 64 --batch-size 1 --held-out-tokens 256",
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -41,7 +42,7 @@ def commands() -> list[list[str]]:
 
 
 def test_the_readme_shows_every_verb() -> None:
-    assert {words[0] for words in commands()} >= {"inspect", "upcycle", "train", "evaluate"}
+    assert {words[0] for words in commands()} >= {"inspect", "upcycle", "grow", "train", "export", "distil", "evaluate"}
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def place(tmp_path: Path) -> Path:
 
 def test_the_readme_commands_run(place: Path) -> None:
     for words in commands():
-        arguments = [name for word in words for name in expand(word, place)] + (SMALL if words[0] == "train" else [])
+        arguments = [name for word in words for name in expand(word, place)] + SMALL.get(words[0], "").split()
         done = subprocess.run(
             [MOEWRIGHT, *arguments],
             cwd=place,
