@@ -117,7 +117,7 @@ def _add_fields(verb: Parser, kind: type[Any], *, title: str) -> None:
     for field in dataclasses.fields(kind):
         hint, option = required(hints[field.name]), "--" + field.name.replace("_", "-")
         how: dict[str, Any] = {
-            "help": texts[field.name].replace("%", "%%"),
+            "help": texts[field.name].replace("%", "%%") + _default(field.default),
             "required": field.default is dataclasses.MISSING,
         }
         if not how["required"]:
@@ -131,6 +131,12 @@ def _add_fields(verb: Parser, kind: type[Any], *, title: str) -> None:
         else:
             how |= {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}
         group.add_argument(option, **how)
+
+
+def _default(value: Any) -> str:
+    """What a help text says of a default; nothing of one that stands for something else, or for nothing."""
+    said = value is not dataclasses.MISSING and value is not None and not isinstance(value, bool) and value != ()
+    return f" (default {value})" if said else ""
 
 
 def _add_export(verbs: Any) -> None:
