@@ -16,6 +16,7 @@ from moewright.export.folder import export_folder
 from moewright.export.runtimes import LLAMA_CPP, SGLANG, VLLM, runtimes
 from moewright.export.verify import Proof, Reference, _other_choices
 from moewright.moe.router import Routing
+from moewright.upcycle.verify import compare_logits
 from tests.models import tiny_tokenizer, write_dense
 from tests.test_families import grafted, moe_of, nllb, same_state
 
@@ -167,6 +168,21 @@ def test_what_sglang_overlooks_in_mixtral_is_named(config, words):
     model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")), **config)
     rows = {row.runtime: row for row in runtimes(form_of(model), model)}
     assert words in rows[SGLANG].why
+
+
+def test_several_end_tokens_are_no_trouble_and_nan_is_found():
+    model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")), eos_token_id=[256, 10])
+    reference = Reference.of(model)
+    assert not any((ids == 10).any() for name, ids in reference.cases.items() if name.startswith("ids/"))
+    assert verify._difference(reference.logits["left"] * float("nan"), reference, "left") != 0.0
+    with pytest.raises(ModelError, match="not finite"):
+        compare_logits([torch.full((3, 4), float("nan"))], [torch.ones(3, 4)], [torch.arange(3)], dtype=torch.float32)
+
+
+def test_layers_that_become_sparse_late_are_probed_too(tmp_path):
+    model = grafted("llama", {5: moe_of("llama")}, num_hidden_layers=6)
+    report = export_folder(save_model(model, tmp_path / "own", format="moewright"), tmp_path / "out", to="qwen2_moe")
+    assert not report.proof.problems
 
 
 def test_the_reference_leaves_padding_out():

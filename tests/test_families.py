@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import moewright.auto  # noqa: F401  # registers our type
 from moewright.backbone.family import FAMILIES as TABLE
@@ -174,6 +175,87 @@ def test_a_shared_expert_that_is_added_is_exact_in_qwen2_moe(tmp_path):
     same_state(load_model(folder), model)
 
 
+OLD_CONFIGS = [
+    ("phi3", {"partial_rotary_factor": 0.5}),
+    ("nemotron", {"partial_rotary_factor": 1.0}),
+    ("gpt_neox", {"rotary_pct": 1.0, "rotary_emb_base": 500}),
+    ("gemma3_text", {"sliding_window_pattern": 2, "rope_local_base_freq": 500.0, "sliding_window": 4}),
+    ("gemma3_text", {"_sliding_window_pattern": 2, "sliding_window": 4}),
+    ("qwen2", {"rope_theta": 500.0}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "fields"), OLD_CONFIGS)
+def test_configs_written_before_transformers_5_are_read_as_transformers_reads_them(tmp_path, model_type, fields):
+    folder = write_dense(tmp_path / "dense", model_type)
+    plain = logits_of(load_model(folder), INPUT)
+    path = folder / "config.json"
+    old = json.loads(path.read_text())
+    for name in ("rope_parameters", "layer_types"):
+        old.pop(name, None)
+    path.write_text(json.dumps(old | fields))
+    ours, theirs = load_model(folder), plain_transformers(folder)
+    assert torch.equal(logits_of(ours, INPUT), logits_of(theirs, INPUT))
+    assert relative(logits_of(ours, INPUT), plain) > 1e-3, "the fields matter"
+
+
+def test_qwen3_that_says_it_slides_and_never_does(tmp_path):
+    changes = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    model = grafted("qwen3", dict.fromkeys((0, 1), moe_of("qwen3")), **changes)
+    folder = save_model(model, tmp_path / "sparse")
+    assert relative(logits_of(plain_transformers(folder), INPUT), logits_of(model, INPUT)) < 1e-6
+    assert relative(logits_of(load_model(folder), INPUT), logits_of(model, INPUT)) < 1e-6
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_sliding_window": True, "sliding_window": 4}))
+    with pytest.raises(ModelError, match="sliding attention"):
+        load_model(folder)
+
+
+def test_switch_is_not_taken_for_a_t5_that_does_not_scale_its_output():
+    model = grafted("t5", dict.fromkeys((1, 3), moe_of("t5", top_k=1, expert_size=64)), tie_word_embeddings=False)
+    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
+    assert choose_format(model.config, layers) is None
+    with pytest.raises(ModelError, match="scales the decoder's output"):
+        choose_format(model.config, layers, wanted="switch_transformers")
+
+
+@pytest.mark.filterwarnings("ignore:expert_capacity=64")
+def test_a_tie_that_a_config_leaves_out_is_what_its_class_says(tmp_path):
+    theirs = tiny_model("switch_transformers", num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "config.json"
+    fields = json.loads(path.read_text())
+    fields.pop("tie_word_embeddings", None)
+    path.write_text(json.dumps(fields))
+    assert relative(logits_of(load_model(tmp_path / "theirs"), INPUT), logits_of(theirs, INPUT)) < 2e-6
+
+
+def test_a_model_from_our_config_alone_has_weights(tmp_path):
+    folder = save_model(grafted("nemotron", {0: moe_of("nemotron")}), tmp_path / "own")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    moe = moe_layers(model)[0]
+    assert 0.01 < float(moe.router.weight.detach().std()) < 0.03
+    assert float(moe.experts.up_proj.detach().abs().max()) <= 32**-0.5
+    assert bool(logits_of(model, INPUT).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_local_experts": 10**9}, "calls for"),
+        ({"pad_token_id": 999}, "makes no model"),
+        ({"vocab_size": None}, "makes no model"),
+        ({"rms_norm_eps": float("inf")}, "Infinity is no number"),
+    ],
+)
+def test_numbers_that_make_no_model_are_refused_at_once(tmp_path, fields, words):
+    folder = save_model(grafted("llama", dict.fromkeys((0, 1), moe_of("llama"))), tmp_path / "sparse")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ModelError, match=words):
+        load_model(folder)
+
+
 # -- NLLB-MoE, which transformers 5.23 computes wrongly: it takes the mask of the first choice for expert numbers --
 
 
@@ -300,13 +382,14 @@ def test_a_head_of_its_own_that_t5_configs_do_not_tell_of(tmp_path):
 
 
 def test_tied_tensors_that_differ_are_refused(tmp_path):
-    sizes = {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
-    model = tiny_model("switch_transformers", tie_word_embeddings=False, **sizes)
-    model.save_pretrained(tmp_path / "theirs")
-    with (
-        pytest.warns(UserWarning, match="expert_capacity"),
-        pytest.raises(ModelError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"),
-    ):
+    path = write_dense(tmp_path / "theirs", "bart") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.encoder.embed_tokens.weight"] = tensors["model.shared.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    load_model(tmp_path / "theirs")
+    tensors["model.encoder.embed_tokens.weight"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"encoder\.embed_tokens\.weight differs from model\.shared\.weight"):
         load_model(tmp_path / "theirs")
 
 
@@ -365,6 +448,8 @@ def test_unknown_formats_are_named():
         ({"experts": 4}, "no setting 'experts'"),
         ({"top_k": 9}, "makes no sense"),
         ({"num_experts": True}, "int is expected"),
+        ({"causal": False}, "no setting 'causal'"),
+        ({"kernel": "zz"}, "no setting 'kernel'"),
     ],
 )
 def test_senseless_settings_of_our_own_type_are_refused(values, words):

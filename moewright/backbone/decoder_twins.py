@@ -104,8 +104,18 @@ class Qwen(Twin):
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3(Qwen):
+    """Qwen3-MoE, which slides in every layer or in none; we write and read those where none does."""
+
+    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
+        return super().own_fields(config, layers) | {"use_sliding_window": False, "sliding_window": None}
+
+    def backbone_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        if fields.get("use_sliding_window") and fields.get("sliding_window") is not None:
+            raise ModelError("use_sliding_window=true: a qwen3_moe folder with sliding attention is not supported yet")
+        return {"use_sliding_window": False, "sliding_window": None}
+
     def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
-        return "it cannot mix full and sliding attention" if "sliding_attention" in config.layer_types else None
+        return "it slides in every layer or in none" if "sliding_attention" in config.layer_types else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -228,9 +228,12 @@ FAMILIES: Final = {
     )
 }
 
-UNDECLARED: Final = ("rope_theta", "rope_scaling", "head_dim", "decoder_start_token_id")
+UNDECLARED: Final = (
+    *("rope_theta", "rope_scaling", "rope_local_base_freq", "rotary_emb_base", "rotary_pct", "partial_rotary_factor"),
+    *("sliding_window_pattern", "_sliding_window_pattern", "head_dim", "decoder_start_token_id"),
+)
 """Fields that transformers reads from a config whether its class names them or not: where configs before version 5
-keep what is now `rope_parameters`, the width of a head, what a decoder starts with."""
+keep what is now `rope_parameters` and `layer_types`, the width of a head, what a decoder starts with."""
 
 
 def dense_families() -> list[str]:
@@ -293,12 +296,18 @@ def chosen_layers(text: str, config: PreTrainedConfig) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+_SENSELESS: Final = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+)
+
+
 @contextmanager
 def config_errors(model_type: str) -> Iterator[None]:
     """Turn what transformers raises for a config that makes no sense into `ModelError`."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, StrictDataclassError) as error:
+    except _SENSELESS as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ModelError(
             f"config.json of type {model_type} makes no model ({why}); compare it with the original"

@@ -19,11 +19,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moewright import __version__
 from moewright.backbone.family import Family, backbone_config, family_of
-from moewright.backbone.formats import OWN, choose_format, is_sparse, read_sparse, sparse_fields
+from moewright.backbone.formats import OWN, choose_format, is_sparse, read_sparse, says_tied, sparse_fields
 from moewright.backbone.graft import graft, moe_layers
-from moewright.backbone.layout import Slot, slots
+from moewright.backbone.layout import Slot, own_name, slots
 from moewright.backbone.skeleton import empty_model, has_tied_head, materialise, untie_head
-from moewright.backbone.twin import Twin, dense_fields
+from moewright.backbone.twin import Layers, Twin, dense_fields
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter
@@ -102,9 +102,9 @@ def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> 
     sparse, record = is_sparse(folder.config), folder.record or {}
     dtype = dtype or folder_dtype(folder)
     twin: Twin | None = None
-    layers: Mapping[int, Any] = {}
+    layers: Layers = {}
     if sparse:
-        said = bool(record.get("tie_word_embeddings", folder.config.get("tie_word_embeddings", False)))
+        said = bool(record.get("tie_word_embeddings", says_tied(folder.config)))
         twin, config, layers = read_sparse(folder.config, record=record, tied=said)
     else:
         config = backbone_config(folder.config)
@@ -114,6 +114,7 @@ def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> 
     if not family.seq2seq:  # the embeddings of an encoder and a decoder stay tied to each other
         config.tie_word_embeddings = tied
     _require_plausible(folder, config, on_disk)
+    _require_routers(folder, config, layers, twin)
     model = empty_model(config, dtype=dtype)
     if family.seq2seq and not tied and has_tied_head(model):
         untie_head(model)
@@ -131,10 +132,15 @@ def folder_dtype(folder: ModelFolder) -> torch.dtype:
     """The dtype that a folder's model computes in. Our own type says it, since some of its tensors stay float32."""
     if folder.config.get("model_type") != OWN:
         return folder.dtype()
-    dtype = getattr(torch, str(folder.config.get("dtype")), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"{folder.path}: dtype={folder.config.get('dtype')!r} in config.json is no floating dtype")
-    return dtype
+    return dtype_named(folder.config.get("dtype"))
+
+
+def dtype_named(name: object) -> torch.dtype:
+    """The dtype of that name; `ModelError` for what no model of ours is in."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if name == str(dtype).removeprefix("torch."):
+            return dtype
+    raise ModelError(f"dtype={name!r}: choose one of float32, bfloat16, float16, float64")
 
 
 def fill(model: PreTrainedModel, form: Form, make: Callable[[Slot], Tensor]) -> None:
@@ -231,6 +237,19 @@ def _require_plausible(folder: ModelFolder, config: PreTrainedConfig, on_disk: C
         last = on_disk(stack.layer.format(layer=count - 1))
         if count < 1 or not any(name.startswith(f"{last}.") for name in folder.tensors):
             raise ModelError(f"{folder.path}: no tensor of {last}, where config.json says {stack.count}={count}")
+
+
+def _require_routers(folder: ModelFolder, config: PreTrainedConfig, layers: Layers, twin: Twin | None) -> None:
+    """Compare numbers of experts with what the files hold, before a list of all their tensors is made."""
+    places = family_of(config).places(config)
+    for layer, moe in layers.items():
+        name = own_name(places[layer], "router.weight")
+        if twin is not None:
+            name = twin.layout.parts["router.weight"].format(layer=twin.layout.renamed(places[layer].layer))
+        wanted, found = (moe.num_experts, moe.hidden_size), folder.tensors.get(name)
+        if found is None or found.shape != wanted:
+            what = "is missing" if found is None else f"has the shape {list(found.shape)}"
+            raise ModelError(f"{folder.path}: {name} {what}, where config.json calls for {list(wanted)}")
 
 
 def _unneeded(folder: ModelFolder, model: PreTrainedModel, on_disk: Callable[[str], str]) -> list[str]:

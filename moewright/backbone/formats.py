@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moewright.backbone.decoder_twins import DECODERS
 from moewright.backbone.family import FAMILIES, backbone_config, dense_families
@@ -134,7 +135,7 @@ def settings_from(values: Mapping[str, Any]) -> MoEConfig:
     """A layer's config from a file; `ModelError` for unknown names and values of another type."""
     known = {field.name: field for field in fields(MoEConfig)}
     for name, value in values.items():
-        if name not in known:
+        if name not in known or name in NOT_STORED:
             raise ModelError(f"config.json: a sparse layer has no setting {name!r}; it was written by a newer version?")
         default = known[name].default
         kind = int if default is MISSING else str if default is None else type(default)
@@ -147,6 +148,14 @@ def settings_from(values: Mapping[str, Any]) -> MoEConfig:
         return MoEConfig(causal=values.get("choice") != "expert", **values)
     except UsageError as error:
         raise ModelError(f"config.json: a sparse layer that makes no sense: {error}") from error
+
+
+def says_tied(fields: Mapping[str, Any]) -> bool:
+    """Whether a sparse config.json ties its embeddings; where it does not say so, what its class takes for granted."""
+    if fields["model_type"] == OWN:
+        return False  # the backbone's own config says it
+    default = CONFIG_MAPPING[fields["model_type"]]().tie_word_embeddings
+    return bool(fields.get("tie_word_embeddings", default))
 
 
 def is_sparse(fields: Mapping[str, Any]) -> bool:

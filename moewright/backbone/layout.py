@@ -144,10 +144,15 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in state)
 
 
+def own_name(place: Place, inside: str) -> str:
+    """What our own type calls a tensor of a MoELayer; where a layer has no module for it, below `moe`."""
+    return f"{moe_path(place) if place.stack.block else f'{place.layer}.moe'}.{inside}"
+
+
 def _own(name: str, tensor: Tensor, place: Place, moe: MoELayer, *, layer: int) -> Slot:
-    """A tensor of a MoELayer under its own name; where a layer has no module of its own for it, below `moe`."""
+    """A tensor of a MoELayer as our own type holds it."""
     inside = name.removeprefix(f"{moe_path(place)}.")
-    on_disk = name if place.stack.block else f"{place.layer}.moe.{inside}"
+    on_disk = own_name(place, inside)
     # Kept in float32 whatever the model's dtype, as the layer does.
     dtype = torch.float32 if inside in ("router.bias", "balance_coefficient") else None
     pieces = _pieces(inside, moe, layer=layer)

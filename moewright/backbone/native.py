@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.folder import load_model
+from moewright.backbone.folder import dtype_named, load_model
 from moewright.backbone.formats import OWN, read_sparse
-from moewright.backbone.graft import graft
+from moewright.backbone.graft import graft, moe_layers
 from moewright.backbone.skeleton import empty_model, materialise
 from moewright.errors import UsageError
+from moewright.moe.layer import MoELayer
 
 PASSED_ON: Final = ("_from_auto", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",
                     "subfolder", "code_revision", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
@@ -57,7 +58,7 @@ class MoewrightForCausalLM(PreTrainedModel):
         if args or unknown:
             raise UsageError(f"a model of type {OWN} is loaded without {', '.join(unknown) or 'positional arguments'}")
         if isinstance(dtype, str):
-            dtype = None if dtype == "auto" else getattr(torch, dtype)
+            dtype = None if dtype == "auto" else dtype_named(dtype.removeprefix("torch."))
         model = load_model(path, dtype=dtype)
         if attention is not None:
             model.set_attn_implementation(attention)
@@ -72,6 +73,8 @@ class MoewrightForCausalLM(PreTrainedModel):
         graft(model, layers)
         materialise(model)
         model.apply(model._init_weights)
+        for moe in moe_layers(model).values():  # which transformers knows nothing of
+            moe.load_state_dict(MoELayer(moe.config, dtype=dtype).state_dict())
         return model
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from moewright.backbone.family import family_of
 from moewright.backbone.layout import Layout
-from moewright.backbone.twin import Layers, Twin
+from moewright.backbone.twin import Layers, Twin, number
 from moewright.errors import ModelError
 
 LONGEST: Final = 1 << 20
@@ -93,12 +93,15 @@ class Nllb(EncoderDecoder):
             raise ModelError(f'second_expert_policy={policy!r}: the second expert may be left out at random; set "all"')
         if fields.get("encoder_ffn_dim") != fields.get("decoder_ffn_dim"):
             raise ModelError("encoder_ffn_dim and decoder_ffn_dim of a nllb-moe folder differ: that is not supported")
-        if (share := fields.get("moe_eval_capacity_token_fraction", 1.0)) < 1:
+        if (share := number(fields, "moe_eval_capacity_token_fraction", default=1.0, what=self.model_type)) < 1:
             warnings.warn(
                 f"moe_eval_capacity_token_fraction={share}: there experts drop tokens in evaluation, here they do not",
                 stacklevel=2,
             )
-        return {"router_order": "topk-softmax", "output_masking": float(fields.get("moe_token_dropout", 0.2))}
+        return {
+            "router_order": "topk-softmax",
+            "output_masking": number(fields, "moe_token_dropout", default=0.2, what=self.model_type),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,8 @@ class Switch(EncoderDecoder):
         moe = next(iter(layers.values()))
         if moe.top_k != 1 or moe.router_order != "softmax-topk":
             return "it routes each token to one expert, weighted with its share of the softmax"
+        if not config.scale_decoder_outputs:
+            return "it scales the decoder's output, and this model (T5 1.1) does not"
         if reason := super().refuses_layers(config, layers):
             return reason
         for stack in family_of(config).stacks:
@@ -136,13 +141,14 @@ class Switch(EncoderDecoder):
 
     def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
         self.refuse_router_bias(fields)
-        capacity = fields.get("expert_capacity", 64)
+        capacity = number(fields, "expert_capacity", default=64, what=self.model_type)
         if capacity < LONGEST:
             warnings.warn(
-                f"expert_capacity={capacity}: an expert drops what exceeds it in a sequence there; here it drops none",
+                f"expert_capacity={capacity:g}: there an expert drops what exceeds it in a sequence, here none",
                 stacklevel=2,
             )
-        return {"router_order": "softmax-topk", "input_jitter": float(fields.get("router_jitter_noise", 0.01))}
+        jitter = number(fields, "router_jitter_noise", default=0.01, what=self.model_type)
+        return {"router_order": "softmax-topk", "input_jitter": jitter}
 
     def steps(self, fields: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, int]:
         """As transformers does: the step that is stored, or layers over sparse layers."""

@@ -178,6 +178,14 @@ def whole_number(fields: Mapping[str, Any], *names: str, what: str, default: int
     return value
 
 
+def number(fields: Mapping[str, Any], name: str, *, default: float, what: str) -> float:
+    """The number in a field, or what its config class takes for a missing one; `ModelError` if it is none."""
+    value = fields.get(name, default)
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise ModelError(f"config.json of type {what}: {name}={value!r}, where a number is expected")
+    return float(value)
+
+
 def written(config: PreTrainedConfig) -> dict[str, Any]:
     """A config's fields but those that say nothing about the model."""
     return {key: value for key, value in config.to_dict().items() if key not in NOT_WRITTEN}

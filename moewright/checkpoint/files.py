@@ -135,12 +135,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if size > MAX_JSON_BYTES:
         raise ModelError(f"{path}: {size} bytes, at most {MAX_JSON_BYTES} are read; is it the right file?")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON ({error}); copy or download the file again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a JSON {type(value).__name__}, an object {{...}} is needed")
     return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")  # Python reads what the format does not have
 
 
 def file_inside(folder: Path, name: object) -> Path:

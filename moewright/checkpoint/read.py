@@ -24,6 +24,8 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Settings through which a config can make transformers import or download code. Such a choice is the caller's alone.
 CODE_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "trust_remote_code"})
+# A number, whatever its name says: how Gemma's configs before transformers 5 say which layers slide.
+PLAIN_PRIVATE = frozenset({"_sliding_window_pattern"})
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -200,7 +202,11 @@ def _quantised(path: Path, sign: str) -> ModelError:
 def without_code(value: Any) -> Any:
     """A JSON value without private keys and without those that choose code, at any depth."""
     if isinstance(value, dict):
-        return {k: without_code(v) for k, v in value.items() if not k.startswith("_") and k not in CODE_KEYS}
+        return {
+            key: without_code(inner)
+            for key, inner in value.items()
+            if key in PLAIN_PRIVATE or not (key.startswith("_") or key in CODE_KEYS)
+        }
     if isinstance(value, list):
         return [without_code(item) for item in value]
     return value

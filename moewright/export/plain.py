@@ -126,6 +126,8 @@ def probe_settings(folder: str, config: Any, ids: Tensor, mask: Tensor) -> list[
             setattr(small, field, min(4, getattr(small, field)))
     if getattr(small, "layer_types", None):
         small.layer_types = small.layer_types[: small.num_hidden_layers]
+    if not any(is_block(module) for module in load(folder, small).modules()):
+        small = config  # its first sparse block comes later
     changes: dict[str, Any] = {}
     top_k, flag = getattr(small, "num_experts_per_tok", None), getattr(small, "norm_topk_prob", None)
     if top_k is not None and top_k > 1:

@@ -68,7 +68,7 @@ class Proof:
     @property
     def runtime_is_at_fault(self) -> bool:
         """Whether the runtime itself mixes experts up, whatever the weights: see `expert_faults`."""
-        return bool(self.expert_faults)
+        return bool(self.expert_faults) and not self.keys and not self.deaf_settings
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,12 +120,13 @@ def prove(folder: Path, reference: Reference, *, form: Form, model: PreTrainedMo
     if facts["moewright_imported"] != ours:
         raise ModelError(f"{folder}: moewright was imported by transformers; run it where nothing imports it at start")
     names = _names(reference.cases)
-    difference = max(_difference(found[f"logits/{name}"], reference, name) for name in names)
+    # Not max(), which loses a NaN.
+    differences = torch.tensor([_difference(found[f"logits/{name}"], reference, name) for name in names])
     others = 0 if ours else sum(_other_choices(found, reference, name) for name in names)
     keys = tuple(f"{kind.removesuffix('_keys')} {key}" for kind, some in facts["keys"].items() for key in some)
     return Proof(
         loaded_as=f"{facts['class']}, transformers {facts['transformers']}",
-        relative_logit_difference=difference,
+        relative_logit_difference=float(differences.amax()),
         other_experts=others,
         greedy_tokens_agree=torch.equal(found["greedy"], reference.greedy),
         expert_faults=tuple(facts["expert_faults"]),
@@ -156,11 +157,14 @@ def _cases(model: PreTrainedModel, *, seed: int) -> dict[str, Tensor]:
     """Random tokens, alone and padded on either side; not the ids that have a meaning to the config."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
-    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    special: set[Any] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = getattr(config, name, None)
+        special.update(ids if isinstance(ids, list) else [ids])
     plain = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special])
     found: dict[str, Tensor] = {}
     for length in LENGTHS:
-        length = min(length, longest_text(model) - NEW_TOKENS)
+        length = max(1, min(length, longest_text(model) - NEW_TOKENS))
         ids = plain[torch.randint(len(plain), (2, length), generator=generator)]
         found |= {f"ids/{length}": ids, f"mask/{length}": torch.ones_like(ids)}
     for side in ("left", "right"):

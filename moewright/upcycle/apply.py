@@ -73,9 +73,9 @@ def upcycle_folder(
     source, target = Path(source), Path(target)
     folder = ModelFolder(source, allow_nonfinite=allow_nonfinite)
     writer = FolderWriter(target, overwrite=overwrite, sources=[source, *map(Path, config.siblings)])
-    vocabulary = int(folder.config.get("vocab_size", 0))
-    verify_texts = None if verify_text is None else tokenise(source, [verify_text], vocabulary=vocabulary)
     plan = UpcyclePlan(folder, config, dtype=dtype, format=format)
+    vocabulary = plan.backbone.vocab_size
+    verify_texts = None if verify_text is None else tokenise(source, [verify_text], vocabulary=vocabulary)
     summary = plan.summary()
     if dry_run:
         if verify_text is not None:

@@ -239,9 +239,9 @@ def grow_folder(
     source, target = Path(source), Path(target)
     folder = ModelFolder(source)
     writer = FolderWriter(target, overwrite=overwrite, sources=[source])
-    vocabulary = int(folder.config.get("vocab_size", 0))
-    texts = None if verify_text is None else tokenise(source, [verify_text], vocabulary=vocabulary)
     plan = GrowPlan(folder, config, dtype=dtype)
+    vocabulary = plan.model.config.vocab_size
+    texts = None if verify_text is None else tokenise(source, [verify_text], vocabulary=vocabulary)
     summary = plan.summary()
     if dry_run:
         if verify_text is not None:

@@ -17,7 +17,7 @@ from moewright.backbone.family import family_of
 from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers, moe_path
 from moewright.backbone.skeleton import longest_text, text_logits
-from moewright.errors import DataError
+from moewright.errors import DataError, ModelError
 from moewright.moe.router import Routing
 
 VERIFY_TOKENS = 2048
@@ -97,12 +97,17 @@ def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.
 def compare_logits(
     found: Iterable[Tensor], wanted: Sequence[Tensor], windows: Sequence[Tensor], *, dtype: torch.dtype
 ) -> Comparison:
-    """Compare two models' logits, (S, V) for each window of token ids (S,); without routing, no group is broken."""
+    """Compare two models' logits, (S, V) for each window of token ids (S,); without routing, no group is broken.
+
+    Raises `ModelError` if some are not finite.
+    """
     largest = total = scale = 0.0
     agree = count = 0
     losses: dict[str, list[Tensor]] = {"found": [], "wanted": []}
     for a, b, window in zip(found, wanted, windows, strict=True):
         difference = (a - b).abs()
+        if not bool(difference.isfinite().all()):
+            raise ModelError("logits that are not finite: there is nothing to compare; leave the text to verify on out")
         largest = max(largest, difference.max().item())
         total += difference.sum(dtype=torch.float64).item()
         scale = max(scale, b.abs().max().item())
