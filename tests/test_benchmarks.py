@@ -29,7 +29,7 @@ from benchmarks.table import readme_table, table
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
-RESULT, README = ROOT / "benchmarks" / "results" / "cpu-xeon-2core.json", ROOT / "README.md"
+RESULT, README = ROOT / "benchmarks" / "results" / "cpu-epyc-2core.json", ROOT / "README.md"
 START, END = "<!-- generated: python -m tests.test_benchmarks -->\n", "<!-- end -->"
 TINY = Case(name="tiny", D=32, T=48, E=8, K=2, F=16)
 ROW_FIELDS = {"case", "dtype", "impl", "ms", "ratio_to_dense", "routing", "rounds", "kept_mb", "peak_mb", "reason"}

@@ -243,7 +243,7 @@ def test_case_13_a_number_of_experts_that_disagrees(shell: Shell, source: Path, 
     text = shell.place / "text"
     text.write_text("some text")
     for verb in (("inspect", shell.place / "moe"), ("evaluate", "perplexity", shell.place / "moe", text)):
-        shell.refuses(*verb, say=(shell.place / "moe", "experts."))
+        shell.refuses(*verb, say=(shell.place / "moe", "gate.weight"))
 
 
 @pytest.mark.filterwarnings("always")
