@@ -41,41 +41,47 @@ EXACT = [
     for groups in (1, 2)
 ]
 TOPK_FIRST = [
-    {"granularity": 4, "top_k": 4, "scale": scale, "router_order": "topk-softmax"}
+    {"granularity": granularity, "top_k": top_k, "scale": scale}
+    for granularity, top_k in ((2, 2), (4, 4))
     for scale in ("exact", "uniform", "none")
 ]
 SOFTMAX_FIRST = [
     {"granularity": granularity, "top_k": top_k, "scale": scale, "router_std": std, "calibrate_on": text}
-    for granularity, top_k in ((1, 2), (4, 4))
+    for granularity, top_k in ((1, 1), (1, 2), (2, 2), (4, 4))
     for std in (None, 0.02)
     for scale, text in (("uniform", None), ("calibrated", None), ("calibrated", "configparser.py"))
 ]
 TEXT = "configparser.py"
 FINE: dict[str, object] = {"granularity": 4, "top_k": 4}
+SOFTMAX: dict[str, object] = {"router_order": "softmax-topk", "calibrate_on": TEXT}
 HALF: dict[str, object] = {"experts": 8, "top_k": 4, "split": True}
 METHODS: dict[str, dict[str, object]] = {
     "copy": {"top_k": 2},
     "virtual groups": FINE,
     "virtual groups, published scale": FINE | {"scale": "uniform"},
-    "virtual groups, softmax-topk": FINE | {"router_order": "softmax-topk", "calibrate_on": TEXT},
+    "virtual groups, softmax-topk": FINE | SOFTMAX,
     "noise 0.05": {"top_k": 2, "noise": 0.05},
+    "noise 0.05, fine": FINE | {"noise": 0.05},
+    "noise 0.05, fine, softmax-topk": FINE | SOFTMAX | {"noise": 0.05},
     "redraw 0.5": {"top_k": 2, "redraw": 0.5},
     "redraw 0.5, separate sets": {"top_k": 2, "redraw": 0.5, "redraw_sets": "separate"},
     "redraw 0.5, fine": FINE | {"redraw": 0.5},
-    "redraw 0.5, softmax-topk": {"top_k": 2, "redraw": 0.5, "router_order": "softmax-topk", "calibrate_on": TEXT},
+    "redraw 0.5, softmax-topk": SOFTMAX | {"top_k": 2, "redraw": 0.5},
+    "redraw 0.5, fine, softmax-topk": FINE | SOFTMAX | {"redraw": 0.5},
     "shuffled": FINE | {"neurons": "shuffled", "permute": True},
     "clustered by weights": FINE | {"neurons": "clustered"},
     "clustered by activations": FINE | {"neurons": "clustered", "calibrate_on": TEXT},
     "clustered, centroids": FINE | {"neurons": "clustered", "router_start": "centroids", "calibrate_on": TEXT},
-    "centroids, softmax-topk": FINE
-    | {"router_start": "centroids", "router_order": "softmax-topk", "calibrate_on": TEXT},
+    "centroids, softmax-topk": FINE | SOFTMAX | {"router_start": "centroids"},
     "shared 384, first": FINE | {"shared_size": 384},
-    "shared 384, first, softmax-topk": FINE
-    | {"shared_size": 384, "router_order": "softmax-topk", "calibrate_on": TEXT},
+    "shared 384, first, softmax-topk": FINE | SOFTMAX | {"shared_size": 384},
+    "shared 384, first, softmax-topk, published scale": FINE
+    | {"shared_size": 384, "router_order": "softmax-topk", "scale": "uniform"},
     "shared 384, important, gated": FINE
     | {"shared_size": 384, "shared_neurons": "important", "shared_mode": "gated", "calibrate_on": TEXT},
     "shared 384, new": FINE | {"shared_size": 384, "shared_neurons": "new"},
     "split, random": HALF | {"neurons": "shuffled"},
+    "split, random, softmax-topk": HALF | SOFTMAX | {"neurons": "shuffled"},
     "split, clustered": HALF | {"neurons": "clustered", "calibrate_on": TEXT},
     "split, clustered, centroids": HALF | {"neurons": "clustered", "router_start": "centroids", "calibrate_on": TEXT},
     "split, important": HALF | {"neurons": "important", "calibrate_on": TEXT},
@@ -128,7 +134,7 @@ def measure(*, methods_alone: bool) -> dict[str, object]:
 def circumstances() -> dict[str, str]:
     """When, on what and with what it was measured."""
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    machine = f"{platform.machine()}, threads: {torch.get_num_threads()}"
     return {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "versions": versions}
 
 
@@ -148,9 +154,16 @@ def tables(result: dict[str, object]) -> dict[str, str]:
         "mean logit difference": lambda r: f"{r['mean_logit_difference']:.1e}",
         "same first token": lambda r: f"{r['top1_agreement']:.1%}",
         "broken groups": lambda r: f"{r['broken_groups']:.2%}",
-        "perplexity": lambda r: f"{r['sparse_perplexity']:.3f}",
+        "perplexity": lambda r: f"{r['sparse_perplexity']:{'.3f' if r['sparse_perplexity'] < 1000 else '.1e'}}",
     }
-    measured = ("relative logit difference", "mean logit difference", "same first token", "perplexity")
+    measured = (
+        "layer error",
+        "largest",
+        "relative logit difference",
+        "mean logit difference",
+        "same first token",
+        "perplexity",
+    )
 
     def table(rows: list[dict[str, object]], *names: str) -> str:
         lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
@@ -177,11 +190,9 @@ def tables(result: dict[str, object]) -> dict[str, str]:
         "exact": table(result["exact"], "G", "T", *measured),
         "topk_first": table(result["topk_first"], "G", "T", "scale", *measured),
         "softmax_first": table(result["softmax_first"], "G", "T", "scale", "router std", *measured),
-        "methods": table(
-            result["methods"], "method", "N", "G", "T", "order", "scale", "layer error", "largest", *measured
-        )
+        "methods": table(result["methods"], "method", "N", "G", "T", "order", "scale", *measured)
         + f"\n\n{made('methods_made')}",
-        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:3], "broken groups", "perplexity")
+        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:-1], "broken groups", "perplexity")
         + "\n\n"
         + bfloat16,
     }
