@@ -71,6 +71,7 @@ def build_parser() -> Parser:
 
     verb = _add_verb(verbs, "inspect", "what a model folder holds: layers, experts, parameters, bytes")
     verb.add_argument("folder", metavar="DIR", type=Path, help="a model folder, dense or sparse")
+    verb.add_argument("--checksums", action="store_true", help="read every file and compare it with moewright.json")
     _add_upcycle(verbs)
     _add_grow(verbs)
     verb = _add_verb(verbs, "train", "train what a run file describes; the same command again resumes")

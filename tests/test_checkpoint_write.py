@@ -1,7 +1,10 @@
 """New model folders: exact, deterministic, and there wholly or not at all, whatever happens meanwhile."""
 
+import dataclasses
 import errno
 import fcntl
+import hashlib
+import itertools
 import json
 import os
 import resource
@@ -23,8 +26,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
+from moewright.checkpoint.check import tree_hash
+from moewright.checkpoint.files import LARGE_BYTES, HashedFile
 from moewright.checkpoint.read import ModelFolder
-from moewright.checkpoint.tensorfile import LazyTensor
+from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
+from moewright.checkpoint.tree import Leaf, TreeHasher, root
 from moewright.checkpoint.vocabulary import token_count
 from moewright.checkpoint.write import FolderWriter, plan_shards
 from moewright.errors import ModelError, ResourceError
@@ -118,7 +124,56 @@ def test_the_record_and_the_index(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("damage", ["flip", "shorter", "missing", "unlisted"])
+def slow_tree_hash(tensors: dict[str, Tensor], header: bytes) -> str:
+    """As `checkpoint/tree.py` says it, by numpy's bytes."""
+    leaves = [header]
+    for tensor in tensors.values():
+        stack = list(tensor) if tensor.dim() > 2 else [tensor]
+        leaves += [one.numpy().tobytes() for one in stack if one.numel()]
+    return hashlib.sha256(b"".join(hashlib.sha256(leaf).digest() for leaf in leaves)).hexdigest()
+
+
+def test_the_hash_of_weights(tmp_path: Path) -> None:
+    """Stacks, vectors, scalars and what is empty; leaves that a key says are equal give the same."""
+    draws = torch.Generator().manual_seed(0)
+    shapes = {"stack": (3, 4, 5), "deep": (2, 3, 2, 2), "matrix": (40, 5), "vector": (7,), "one": (), "none": (0, 3)}
+    tensors = {name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}
+    tensors |= {"copy": tensors["matrix"].clone(), "copies": torch.stack([tensors["stack"][0]] * 2)}
+    keys = {"stack": (("a",), None, None), "copies": (("a",), ("a",)), "matrix": ("b",), "copy": ("b",)}
+    lazy = {name: dataclasses.replace(each, keys=keys.get(name, ())) for name, each in lazily(tensors).items()}
+    found = write_tensor_file(tmp_path / "with", lazy)
+    assert found == write_tensor_file(tmp_path / "without", lazily(tensors))
+    data = (tmp_path / "with").read_bytes()
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    assert found == {"bytes": len(data), "sha256_tree": slow_tree_hash(tensors, header)}
+    assert tree_hash(tmp_path / "with") == found["sha256_tree"]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from([None, "a", "b"])), min_size=1),
+    st.lists(st.integers(1, 20), min_size=1),
+)
+def test_the_tree_takes_bytes_in_any_portions(leaves: list[tuple[int, str | None]], portions: list[int]) -> None:
+    """Keys say what is equal, and do not change the hash; bytes may come in portions that cross leaves."""
+    texts = [bytes([ord(key) if key else at % 256]) * size for at, (size, key) in enumerate(leaves)]
+    with_keys = [Leaf(size, key and (key, size)) for size, key in leaves]
+    data = b"".join(texts)
+    hasher = TreeHasher(with_keys, {})
+    for portion in itertools.cycle(portions):
+        if not data:
+            break
+        hasher.update(data[:portion])
+        data = data[portion:]
+    assert hasher.hexdigest() == root(hashlib.sha256(text).digest() for text in texts)
+
+
+def test_a_known_leaf_is_not_hashed_again() -> None:
+    hasher = TreeHasher([Leaf(3, "a"), Leaf(3, "a")], {})
+    hasher.update(b"abcxyz")  # a key that lies is believed, so `tree_hash`, which reads, tells
+    assert hasher.hexdigest() == root([hashlib.sha256(b"abc").digest()] * 2)
+
+
+@pytest.mark.parametrize("damage", ["flip", "header", "shorter", "missing", "unlisted"])
 def test_damage_is_found_by_the_checksums(tmp_path: Path, damage: str) -> None:
     out = write(tmp_path / "out")
     ModelFolder(out).verify_checksums()
@@ -127,6 +182,14 @@ def test_damage_is_found_by_the_checksums(tmp_path: Path, damage: str) -> None:
         data = bytearray(file.read_bytes())
         data[-1] ^= 1
         file.write_bytes(data)
+    elif damage == "header":
+        data = bytearray(file.read_bytes())
+        data[20] ^= 1
+        before = ModelFolder(out)
+        file.write_bytes(data)
+        with pytest.raises(ModelError, match="another SHA-256"):
+            before.verify_checksums()
+        return
     elif damage == "shorter":
         (out / "config.json").write_text("{}")
     elif damage == "missing":
@@ -193,6 +256,41 @@ def test_one_tensor_is_alive_at_a_time(tmp_path: Path) -> None:
         writer.write_tensors(lazy, max_shard_bytes=45_000, on_tensor=lambda name, size: done.append((name, size)))
     assert len(alive) == 6
     assert done == [(str(i), 20_000) for i in range(6)]
+
+
+def test_two_large_pieces_are_alive_at_a_time(tmp_path: Path) -> None:
+    """One on its way to the disk, the next being made."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def pieces() -> Iterator[Tensor]:
+        for number in range(3):
+            assert len([ref for ref in alive if ref() is not None]) <= 1
+            tensor = torch.full((LARGE_BYTES,), number, dtype=torch.uint8)
+            alive.append(weakref.ref(tensor))
+            yield tensor
+            del tensor
+
+    lazy = {str(i): LazyTensor((3, LARGE_BYTES), torch.uint8, pieces) for i in range(3)}
+    with FolderWriter(tmp_path / "out") as writer:
+        writer.write_json("config.json", CONFIG)
+        writer.write_tensors(lazy)
+        out = writer.commit({})
+    assert len(alive) == 9
+    assert torch.equal(ModelFolder(out).read("1"), torch.arange(3, dtype=torch.uint8)[:, None].expand(3, LARGE_BYTES))
+    ModelFolder(out).verify_checksums()
+
+
+def test_an_error_on_its_way_to_the_disk_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(HashedFile, "_store", full)
+    for count in (1, 3):  # that of the last piece, too
+        lazy = {str(i): LazyTensor((LARGE_BYTES,), torch.uint8, lambda: torch.zeros(LARGE_BYTES, dtype=torch.uint8))
+                for i in range(count)}  # fmt: skip
+        with pytest.raises(ResourceError, match="make room"), FolderWriter(tmp_path / "out") as writer:
+            writer.write_tensors(lazy)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("made", [torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64)])

@@ -45,7 +45,7 @@ class Result:
 
 
 def test_inspect_prints_one_json_object(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
-    def inspect_folder(folder: Path) -> dict[str, Any]:
+    def inspect_folder(folder: Path, *, checksums: bool) -> dict[str, Any]:
         sys.stdout.write("a library talks\n")
         return {"folder": folder, "loss": float("nan"), "layers": [{"experts": 2}]}
 
@@ -64,7 +64,7 @@ def test_inspect_prints_lines_and_tables(library: Library, capsys: pytest.Captur
         "layers": [{"layer": 0, "sparse": True}, {"layer": 1, "sparse": False}],
         "note": None,
     }
-    library("backbone.inspect", inspect_folder=lambda folder: facts)
+    library("backbone.inspect", inspect_folder=lambda folder, checksums: facts)
     assert cli.main(["inspect", "folder"]) == 0
     assert [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip("─ ")] == [
         "architecture  [llama]",
@@ -252,7 +252,7 @@ def test_an_error_is_one_line_and_its_exit_code(
     library: Library,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def inspect_folder(folder: Path) -> dict[str, Any]:
+    def inspect_folder(folder: Path, *, checksums: bool) -> dict[str, Any]:
         raise error
 
     library("backbone.inspect", inspect_folder=inspect_folder)
@@ -270,7 +270,7 @@ def test_debug_shows_the_traceback(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def inspect_folder(folder: Path) -> dict[str, Any]:
+    def inspect_folder(folder: Path, *, checksums: bool) -> dict[str, Any]:
         raise DataError("text.txt is missing")
 
     library("backbone.inspect", inspect_folder=inspect_folder)
@@ -283,7 +283,7 @@ def test_debug_shows_the_traceback(
 
 
 def test_a_warning_is_one_line(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
-    def inspect_folder(folder: Path) -> dict[str, Any]:
+    def inspect_folder(folder: Path, *, checksums: bool) -> dict[str, Any]:
         warnings.warn("dtype is\nmixed", stacklevel=1)
         return {}
 
@@ -327,7 +327,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     code = (
         "import sys, types\n"
         "stand_in = types.ModuleType('x')\n"
-        "stand_in.inspect_folder = lambda folder: {'x': 'y' * 10_000_000}\n"
+        "stand_in.inspect_folder = lambda folder, checksums: {'x': 'y' * 10_000_000}\n"
         "sys.modules['moewright.backbone.inspect'] = stand_in\n"
         "from moewright.cli import main\n"
         "sys.exit(main(['inspect', 'm', '--json']))\n"
@@ -343,6 +343,6 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 def test_nothing_is_fetched_from_a_hub(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    library("backbone.inspect", inspect_folder=lambda folder: {"offline": os.environ["HF_HUB_OFFLINE"]})
+    library("backbone.inspect", inspect_folder=lambda folder, checksums: {"offline": os.environ["HF_HUB_OFFLINE"]})
     assert cli.main(["inspect", "m"]) == 0
     assert os.environ["HF_HUB_OFFLINE"] == "1"

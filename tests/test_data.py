@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from moewright.data import pack as pack_module
 from moewright.data.config import DataConfig
-from moewright.data.documents import digest, expand, read_documents
+from moewright.data.documents import read_documents
 from moewright.data.pack import IGNORE, PackedRows, pack, rows_at, shuffled
+from moewright.data.texts import digest, expand
 from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import DataError, ModelError, UsageError
 from tests.models import DECODERS, tiny_model, tiny_tokenizer

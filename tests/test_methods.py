@@ -292,6 +292,12 @@ def test_scaling_rounds_once(dtype):
     piece = torch.randn(50, 8).to(torch.bfloat16)
     found = scaled(piece, factor=1.7, dtype=dtype)
     assert torch.equal(found, (piece.float() * 1.7).to(dtype))
+    if dtype.itemsize == 2:  # every number of 16 bits there is, subnormal ones and those that overflow too
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        every = every[every.isfinite()].unflatten(0, (-1, 2))
+        for factor in (2.0, 0.5, 1.7, 123.456, 1e-3):
+            assert torch.equal(scaled(every, factor=factor, dtype=dtype), (every.float() * factor).to(dtype))
+            assert torch.equal(scaled(every.t(), factor=factor, dtype=dtype), (every.float() * factor).to(dtype).t())
     assert scaled(piece, factor=1.0, dtype=torch.bfloat16) is piece
     assert torch.equal(scaled(piece, factor=torch.full((8,), 1.7), dtype=dtype), found)
 

@@ -8,15 +8,18 @@ from moewright.backbone.folder import empty_model_of, folder_dtype
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import embedding_of, has_tied_head
-from moewright.checkpoint.read import ModelFolder
+from moewright.checkpoint.read import RECORD, ModelFolder
 
 
-def inspect_folder(path: str | Path) -> dict[str, Any]:
+def inspect_folder(path: str | Path, *, checksums: bool = False) -> dict[str, Any]:
     """Layers, experts, parameters (embeddings counted tied and untied), dtype and origin of a dense or sparse folder.
 
-    Reads headers and configs, and of a sparse folder the two embeddings. Raises `ModelError`.
+    Reads headers and configs, and of a sparse folder the two embeddings. With `checksums` every file is read and
+    compared with what `moewright.json` remembers of it. Raises `ModelError`.
     """
     folder = ModelFolder(path)
+    if checksums:
+        folder.verify_checksums()
     model, form = empty_model_of(folder)
     family = family_of(model.config)
     places = family.places(model.config)
@@ -41,6 +44,8 @@ def inspect_folder(path: str | Path) -> dict[str, Any]:
         },
         "bytes": sum(info.end - info.start for info in folder.tensors.values()),
     }
+    if checksums:
+        facts["checksums"] = "match" if folder.record else f"not known: there is no {RECORD}"
     if sparse:
         moe = next(iter(sparse.values())).config
         facts["experts"] = {

@@ -9,10 +9,10 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict
+from typing import Any, Final, Protocol, Required, Self, TypedDict
 
 from moewright.errors import ModelError, MoewrightError, ResourceError
 
@@ -22,39 +22,74 @@ LARGE_BYTES = 2**20
 # Letters, digits and a few signs: a name can then hold neither a separator, nor "..", nor a NUL byte.
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HASHES: Final = ("sha256", "sha256_tree")
 
 
-class FileRecord(TypedDict):
-    """What is remembered of a file's content: its length in bytes and its SHA-256 in hex."""
+class FileRecord(TypedDict, total=False):
+    """What is remembered of a file's content: its length in bytes, and one hash in hex."""
 
-    bytes: int
+    bytes: Required[int]
     sha256: str
+    """Of the whole file."""
+    sha256_tree: str
+    """Of a file of tensors, by `checkpoint/tree.py`."""
+
+
+class Hasher(Protocol):
+    """What hashes a file while it is written."""
+
+    name: str
+    """The key of `FileRecord` that the hash goes by."""
+
+    def update(self, data: bytes | memoryview, /) -> object:
+        """The next bytes."""
+
+    def hexdigest(self) -> str:
+        """The hash of all bytes."""
 
 
 class HashedFile:
     """A new file, hashed while it is written and on the disk when the ``with`` block has ended.
 
     Creation is exclusive (FileExistsError), so a link planted under the name is never followed. What is large is hashed
-    in a second thread while it is written, which takes about as long, and its way to the disk begins at once.
+    and written by two threads while the caller makes the next piece, and its way to the disk begins at once.
+
+    ``hasher`` is SHA-256 over the whole file if it is left out.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hasher: Hasher | None = None) -> None:
+        self._hasher = hashlib.sha256() if hasher is None else hasher
         self._file = path.open("xb")
-        self._sha256 = hashlib.sha256()
         self._bytes = 0
-        self._hasher = ThreadPoolExecutor(1)
+        self._threads = ThreadPoolExecutor(3)
+        self._on_its_way: list[Future[object]] = []
+        self._advice: Future[None] | None = None
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``; a memoryview must be of bytes (format "B"). It is not needed any more afterwards."""
+        """Append ``data``; a memoryview must be of bytes (format "B"), and must not change until the next call.
+
+        An error may be that of the piece before; leaving the block raises that of the last.
+        """
+        self._wait()  # so that there are never more than two pieces in memory
         if len(data) < LARGE_BYTES:
             self._file.write(data)
-            self._sha256.update(data)
+            self._hasher.update(data)
         else:
-            hashed = self._hasher.submit(self._sha256.update, data)
-            self._file.write(data)
-            self._send_to_disk()
-            hashed.result()
+            self._on_its_way = [
+                self._threads.submit(self._hasher.update, data),
+                self._threads.submit(self._store, data),
+            ]
         self._bytes += len(data)
+
+    def _wait(self) -> None:
+        on_its_way, self._on_its_way = self._on_its_way, []
+        for each in on_its_way:
+            each.result()
+
+    def _store(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        if self._advice is None or self._advice.done():
+            self._advice = self._threads.submit(self._send_to_disk)
 
     def _send_to_disk(self) -> None:
         # Linux begins by itself only when a tenth of the memory waits to be written, or at the fsync. The advice sends
@@ -65,8 +100,10 @@ class HashedFile:
 
     @property
     def record(self) -> FileRecord:
-        """Length and hash of what was written so far."""
-        return {"bytes": self._bytes, "sha256": self._sha256.hexdigest()}
+        """Length and hash of what was written, after the block."""
+        if self._hasher.name == "sha256_tree":
+            return {"bytes": self._bytes, "sha256_tree": self._hasher.hexdigest()}
+        return {"bytes": self._bytes, "sha256": self._hasher.hexdigest()}
 
     def __enter__(self) -> Self:
         return self
@@ -74,8 +111,9 @@ class HashedFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._hasher, self._file:
+        with self._file, self._threads:
             if kind is None:
+                self._wait()
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
@@ -101,25 +139,14 @@ def record_of(path: Path) -> FileRecord:
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def difference(path: Path, expected: FileRecord) -> str | None:
-    """What is wrong with the file at ``path``, in words, or None if it holds what ``expected`` says."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"{path.name} has {size} bytes, {expected['bytes']} were written"
-    if record_of(path)["sha256"] != expected["sha256"]:
-        return f"{path.name} has another SHA-256 than when it was written"
-    return None
-
-
 def parse_records(value: object) -> dict[str, FileRecord]:
     """Take the ``files`` table of a JSON record apart; ValueError if it is not one."""
     if not isinstance(value, dict):
         raise ValueError("its 'files' is not a table")
     for name, entry in value.items():
-        known = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
-        if not (known and PLAIN_NAME.fullmatch(name)):
+        known = isinstance(entry, dict) and type(entry.get("bytes")) is int
+        hashed = known and any(isinstance(entry.get(key), str) for key in HASHES)
+        if not (hashed and PLAIN_NAME.fullmatch(name)):
             raise ValueError(f"its entry for the file {name!r} is malformed")
     return value
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moewright.checkpoint.files import difference, file_inside, parse_records, read_json, reading, record_of, some
+from moewright.checkpoint.check import difference
+from moewright.checkpoint.files import file_inside, parse_records, read_json, reading, record_of, some
 from moewright.checkpoint.tensorfile import TensorInfo, one_thread, read_header, read_tensor
 from moewright.errors import ModelError
 

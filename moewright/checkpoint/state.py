@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moewright.checkpoint.check import difference
 from moewright.checkpoint.files import (
     FileRecord,
-    difference,
     json_bytes,
     parse_records,
     read_json,

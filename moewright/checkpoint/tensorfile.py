@@ -10,7 +10,7 @@ import json
 import math
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moewright.checkpoint.files import LARGE_BYTES, FileRecord, HashedFile
+from moewright.checkpoint.tree import Leaf, TreeHasher, leaf_sizes
 from moewright.errors import ModelError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -56,11 +57,14 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when its turn to be written comes; ``make`` returns exactly this shape and dtype."""
+    """A tensor that is made when its turn to be written comes, whole or a piece at a time."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor | Iterable[Tensor]]
+    """Makes exactly this shape and dtype, or pieces of the dtype that, one after the other, fill its memory."""
+    keys: tuple[Hashable, ...] = ()
+    """For each leaf of the file's hash (`tree.py`): leaves with an equal key hold equal bytes; None says nothing."""
 
     @property
     def nbytes(self) -> int:
@@ -182,20 +186,34 @@ def layout(tensors: Mapping[str, LazyTensor]) -> list[str]:
 
 
 def write_tensor_file(
-    path: Path, tensors: Mapping[str, LazyTensor], *, on_tensor: Callable[[str, int], None] | None = None
+    path: Path,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    on_tensor: Callable[[str, int], None] | None = None,
+    known: dict[Hashable, bytes] | None = None,
 ) -> FileRecord:
     """Write ``tensors`` to the new file ``path``, making, writing and dropping one after the other.
 
-    Same tensors, same bytes. ``on_tensor(name, bytes)`` is called after each. OSError as the system raises it.
+    Same tensors, same bytes. ``on_tensor(name, bytes)`` is called after each. ``known`` remembers the hashes of keys
+    for the next file. OSError as the system raises it.
     """
     order = layout(tensors)
-    with HashedFile(path) as file:
-        file.write(_header({name: tensors[name] for name in order}))
+    header = _header({name: tensors[name] for name in order})
+    leaves = [Leaf(len(header)), *(leaf for name in order for leaf in _leaves(tensors[name]))]
+    with HashedFile(path, TreeHasher(leaves, {} if known is None else known)) as file:
+        file.write(header)
         for name in order:
             _write_tensor(file, name, tensors[name])
             if on_tensor is not None:
                 on_tensor(name, tensors[name].nbytes)
     return file.record
+
+
+def _leaves(lazy: LazyTensor) -> list[Leaf]:
+    sizes = leaf_sizes(lazy.shape, lazy.dtype.itemsize)
+    if not lazy.keys:
+        return [Leaf(size) for size in sizes]
+    return [Leaf(size, key) for size, key in zip(sizes, lazy.keys, strict=True)]
 
 
 def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
@@ -212,10 +230,25 @@ def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
 
 
 def _write_tensor(file: HashedFile, name: str, lazy: LazyTensor) -> None:
-    # A function of its own, so that the tensor is dropped before the next one is made.
-    tensor = lazy.make()
-    found = (tuple(tensor.shape), tensor.dtype)
-    assert found == (lazy.shape, lazy.dtype), f"{name}: {found} was made, {(lazy.shape, lazy.dtype)} announced"
+    made = lazy.make()
+    if isinstance(made, Tensor):
+        found = (tuple(made.shape), made.dtype)
+        assert found == (lazy.shape, lazy.dtype), f"{name}: {found} was made, {(lazy.shape, lazy.dtype)} announced"
+        made = (made,)
+    pieces, written = iter(made), 0
+    del made
+    while (count := _write_piece(file, name, lazy, pieces)) is not None:
+        written += count
+    assert written == lazy.nbytes, f"{name}: {written} bytes were made, {lazy.nbytes} announced"
+
+
+def _write_piece(file: HashedFile, name: str, lazy: LazyTensor, pieces: Iterator[Tensor]) -> int | None:
+    # A function of its own, so that each piece is dropped before the next one is made.
+    piece = next(pieces, None)
+    if piece is None:
+        return None
+    assert piece.dtype == lazy.dtype, f"{name}: a piece of {piece.dtype} was made, {lazy.dtype} announced"
     with one_thread():
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(data.numpy().data)
+    return len(data)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -124,11 +124,12 @@ class FolderWriter:
         with writing(self.target):
             require_space(self.path, total + 256 * len(tensors))  # a header has about 100-200 bytes a tensor
         places: dict[str, str] = {}
+        known: dict[Hashable, bytes] = {}
         for number, names in enumerate(shards, start=1):
             file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             shard = {name: tensors[name] for name in names}
             with writing(self.target):
-                self._records[file] = write_tensor_file(self.path / file, shard, on_tensor=on_tensor)
+                self._records[file] = write_tensor_file(self.path / file, shard, on_tensor=on_tensor, known=known)
             places |= dict.fromkeys(names, file)
         if len(shards) > 1:
             self.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": places})

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moewright.backbone.folder import load_model
-from moewright.data.documents import expand, texts_of
+from moewright.data.texts import expand, texts_of
 from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import DataError, UsageError
 

@@ -24,8 +24,9 @@ from moewright.backbone.skeleton import embedding_of, longest_text
 from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
-from moewright.data.documents import digest, expand, read_documents
+from moewright.data.documents import read_documents
 from moewright.data.pack import PackedRows, pack
+from moewright.data.texts import digest, expand
 from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import DataError, ModelError, UsageError
 from moewright.train.distil_config import DistilConfig

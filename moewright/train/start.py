@@ -17,8 +17,9 @@ from moewright.backbone.graft import configure, moe_layers
 from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.config import DataConfig
-from moewright.data.documents import digest, expand, read_documents
+from moewright.data.documents import read_documents
 from moewright.data.pack import PackedRows, pack, shuffled
+from moewright.data.texts import digest, expand
 from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError
 from moewright.moe.kernels import kernel_named

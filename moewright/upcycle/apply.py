@@ -16,7 +16,7 @@ from moewright.backbone.folder import fill
 from moewright.checkpoint.files import record_of, require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
-from moewright.data.documents import digest
+from moewright.data.texts import digest
 from moewright.errors import ModelError
 from moewright.evaluate.perplexity import tokenise
 from moewright.upcycle.config import UpcycleConfig
@@ -132,8 +132,8 @@ def provenance(plan: UpcyclePlan, comparisons: list[Comparison]) -> dict[str, An
     """Where a sparse model comes from, for `moewright.json`; the same run says the same bytes."""
     config = plan.config
     files: dict[str, Any] = {}
-    if plan.folders[1:]:
-        files["siblings"] = [folder.fingerprint() for folder in plan.folders[1:]]
+    if siblings := plan.source.folders[1:]:
+        files["siblings"] = [folder.fingerprint() for folder in siblings]
     if config.prompts is not None:
         files["prompts"] = record_of(Path(config.prompts))["sha256"]
     if config.calibration_text is not None:

@@ -107,7 +107,7 @@ def redrawn(piece: Tensor, part: str, *, neurons_N: Tensor, draws: torch.Generat
 def with_noise(piece: Tensor, *, relative_std: float, draws: torch.Generator) -> Tensor:
     """Gaussian noise added whose deviation is this times that of the tensor's elements; float32 or wider."""
     piece = piece.to(_wide(piece))
-    return piece + relative_std * piece.std(correction=0) * _normal_like(piece, draws)
+    return _normal_like(piece, draws).mul_(relative_std * piece.std(correction=0)).add_(piece)
 
 
 def scaled(piece: Tensor, *, factor: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,6 +117,8 @@ def scaled(piece: Tensor, *, factor: float | Tensor, dtype: torch.dtype) -> Tens
     """
     if isinstance(factor, float) and factor == 1.0:
         return piece.to(dtype)
+    if isinstance(factor, float) and piece.dtype == dtype:
+        return piece * factor  # torch computes 16-bit elements in float32 itself, and rounds once: no copy in float32
     wide = piece.to(_wide(piece))
     return (wide * (factor if isinstance(factor, float) else factor.to(wide.dtype))).to(dtype)
 

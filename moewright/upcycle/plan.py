@@ -3,8 +3,8 @@
 import copy
 import math
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache, partial, reduce
+from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import Family, chosen_layers, family_of
-from moewright.backbone.folder import Form, constant, empty_model_of, form_of, load_model
-from moewright.backbone.formats import is_sparse
+from moewright.backbone.family import Family, chosen_layers
+from moewright.backbone.folder import Form, constant, form_of, load_model
 from moewright.backbone.graft import graft
 from moewright.backbone.layout import Piece, Slot
 from moewright.backbone.sizes import bytes_of, parameter_counts
@@ -28,12 +27,12 @@ from moewright.moe.config import MoEConfig
 from moewright.upcycle.calibrate import expected_weight_sums
 from moewright.upcycle.cluster import activation_features, unit_rows
 from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.dense import DenseSource
 from moewright.upcycle.methods import expert_part, new_neurons, scaled
 from moewright.upcycle.neurons import Held, held_neurons
 from moewright.upcycle.observe import Observed, Wanted, observe, prompt_states, read_prompts
 from moewright.upcycle.routers import repeated, start_rows
 from moewright.upcycle.scale import Factors, factors, mean_weight_sum
-from moewright.upcycle.siblings import average, check_siblings, sibling_of
 
 
 class UpcyclePlan:
@@ -41,7 +40,7 @@ class UpcyclePlan:
 
     `model` is the sparse model with its parameters on meta, `form` what it is written as,
     `config` the settings with all defaults in place, `factors` what each layer's projections are
-    multiplied by, `folders` the source and its siblings. What is measured, is measured on the source.
+    multiplied by, `source` what is read of the folder and its siblings. What is measured, is measured on the folder.
 
     `calibration_texts` are token ids in place of the config's calibration text.
 
@@ -59,16 +58,13 @@ class UpcyclePlan:
         calibration_texts: Sequence[Tensor] | None = None,
     ) -> None:
         self.folder = folder
-        self.folders = [
-            folder,
-            *(ModelFolder(path, allow_nonfinite=folder.allow_nonfinite) for path in config.siblings),
-        ]
-        self._dense = _dense_model(self.folders)  # names and shapes are checked before anything is read
-        self.backbone: PreTrainedConfig = self._dense.config
-        backbone = self.backbone
-        self.dtype = dtype or reduce(torch.promote_types, (each.dtype() for each in self.folders))
+        siblings = (ModelFolder(path, allow_nonfinite=folder.allow_nonfinite) for path in config.siblings)
+        # Names and shapes are checked before anything is read.
+        self.source = DenseSource([folder, *siblings], granularity=config.granularity)
+        backbone = self.backbone = self.source.backbone
+        self.dtype = dtype or self.source.dtype()
         self.config = config.resolved(hidden_size=backbone.hidden_size)
-        self.family = family_of(backbone)
+        self.family = self.source.family
         self.layers = {
             layer: _moe_config(self.config, self.family, backbone, layer=layer)
             for layer in chosen_layers(config.layers, backbone)
@@ -78,12 +74,10 @@ class UpcyclePlan:
             texts = tokenise(folder.path, [config.calibration_text], vocabulary=backbone.vocab_size)
         _warn_of(config, self, calibrates=texts is not None)
         self.model: PreTrainedModel = empty_model(copy.deepcopy(backbone), dtype=self.dtype)
-        if has_tied_head(self.model) and not has_tied_head(self._dense):
+        if has_tied_head(self.model) and not has_tied_head(self.source.model):
             untie_head(self.model)
         graft(self.model, self.layers)
         self.form: Form = form_of(self.model, wanted=format)
-        # The block of the layer at hand, of each model.
-        self._projections = [lru_cache(maxsize=6)(each.read) for each in self.folders]
         self._held: dict[int, Held] = {}
         self._routers: dict[int, Tensor] = {}
         self._states: dict[int, list[list[Tensor]]] = {}
@@ -175,18 +169,21 @@ class UpcyclePlan:
 
     def tensor(self, slot: Slot) -> Tensor:
         """Make one tensor of the sparse folder from the dense ones, in the dtype to be written."""
+        pieces = [piece.flatten() for piece in self.pieces(slot)]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(slot.shape)
+
+    def pieces(self, slot: Slot) -> Iterator[Tensor]:
+        """Make it a piece at a time, in the order of its memory; `ModelError` for what float16 cannot hold."""
         dtype = slot.dtype or self.dtype
         if slot.fill is not None:
-            return constant(slot, dtype)
-        if not slot.pieces:
+            yield constant(slot, dtype)
+        elif slot.pieces:
+            for piece in slot.pieces:
+                made = self.piece(piece, dtype=dtype)
+                yield self._in_range(slot, made if slot.factor == 1.0 else made * slot.factor)
+        else:
             assert slot.target is not None, "what has no pieces is a tensor of the dense model"
-            name = self.family.on_disk(slot.target)
-            if len(self.folders) == 1:
-                return self.folder.read(name).to(dtype)
-            return average((folder.read(name) for folder in self.folders), name=name, dtype=dtype)
-        made = [self.piece(piece, dtype=dtype) for piece in slot.pieces]
-        found = (made[0] if len(made) == 1 else torch.cat([tensor.flatten() for tensor in made])).view(slot.shape)
-        return found if slot.factor == 1.0 else found * slot.factor
+            yield self._in_range(slot, self.source.tensor(slot.target, dtype=dtype))
 
     def piece(self, piece: Piece, *, dtype: torch.dtype) -> Tensor:
         """Make one part of one expert, of the shared expert, or a router."""
@@ -197,7 +194,8 @@ class UpcyclePlan:
             rows = 1 if self.layers[layer].shared_mode == "gated" else 2
             return torch.zeros((rows, self.layers[layer].hidden_size) if part == "shared_switch" else rows, dtype=dtype)
         shared = part.startswith("shared_")
-        dense, part = self._source(piece), part.removeprefix("shared_")
+        part = part.removeprefix("shared_")
+        dense = self.source.part(part, layer=layer, expert=piece.expert, dtype=self.dtype)
         factor = getattr(self.factors[layer], piece.part, 1.0)
         if part == "down_bias":
             made = scaled(dense, factor=factor, dtype=dtype)
@@ -224,25 +222,30 @@ class UpcyclePlan:
             )
         return made.contiguous()
 
-    def _source(self, piece: Piece) -> Tensor:
-        """The part of the dense block that a piece comes from: of one sibling, or the mean for a shared expert."""
-        name, rows = self.family.projection(self.backbone, piece.part.removeprefix("shared_"), piece.layer)
-        count = len(self.folders)
-        if piece.expert >= 0 or count == 1:
-            owner = sibling_of(max(piece.expert, 0), granularity=self.config.granularity, siblings=count)
-            return self._projections[owner](name)[rows]
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return average((self._projections[owner](name)[rows] for owner in range(count)), name=name, dtype=wide)
-
     def tensors(self) -> dict[str, LazyTensor]:
         """Every tensor of the sparse folder, in the order of writing; `ModelError` for what float16 cannot hold."""
         return {
-            slot.name: LazyTensor(slot.shape, slot.dtype or self.dtype, partial(self._in_range, slot))
+            slot.name: LazyTensor(slot.shape, slot.dtype or self.dtype, partial(self.pieces, slot), self._keys(slot))
             for slot in self.form.slots(self.model)
         }
 
-    def _in_range(self, slot: Slot) -> Tensor:
-        tensor = self.tensor(slot)
+    def _keys(self, slot: Slot) -> tuple[Hashable, ...]:
+        """Which leaves of the file's hash (`checkpoint/tree.py`) are equal: an expert's copies, and a tied head."""
+        if not slot.pieces:
+            return (slot.target,) if len(slot.shape) <= 2 else ()
+        count = len(slot.pieces) // (slot.shape[0] if len(slot.shape) > 2 else 1)
+        keys = [self._key(piece) for piece in slot.pieces]
+        leaves = [keys[at : at + count] for at in range(0, len(keys), count)]
+        return tuple(None if None in leaf else (slot.factor, *leaf) for leaf in leaves)
+
+    def _key(self, piece: Piece) -> Hashable:
+        """Equal for pieces that are copies of one another; None where experts differ."""
+        config = self.config
+        if piece.expert < 0 or config.permute or config.neurons == "important" or config.noise or config.redraw:
+            return None
+        return piece.layer, piece.part, self.source.owner(piece.expert), piece.expert % config.granularity
+
+    def _in_range(self, slot: Slot, tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.float16 and not self.folder.allow_nonfinite and not bool(tensor.isfinite().all()):
             raise ModelError(
                 f"{slot.name}: larger than the 65504 that float16 holds; write --dtype bfloat16 or float32"
@@ -255,11 +258,12 @@ class UpcyclePlan:
         form = self.family.form_of(self.backbone)
         parts = ("gate", "up", "down") if form.gated and not form.fused else ("up", "down")
         names = [self.family.projection(self.backbone, part, first)[0] for part in parts]
-        block = sum(bytes_of(self._dense.get_parameter(name)) for name in names)
-        largest = max(
-            math.prod(slot.shape) * (slot.dtype or self.dtype).itemsize for slot in self.form.slots(self.model)
-        )
-        return max(2 * block * len(self.folders), 2 * largest)
+        block = sum(bytes_of(self.source.model.get_parameter(name)) for name in names)
+        largest = max(self._bytes(slot) for slot in self.form.slots(self.model))
+        return max(2 * block * len(self.source.folders), 2 * largest)
+
+    def _bytes(self, slot: Slot) -> int:
+        return math.prod(slot.shape) * (slot.dtype or self.dtype).itemsize
 
     def config_fields(self) -> dict[str, Any]:
         """config.json of the sparse folder."""
@@ -267,7 +271,7 @@ class UpcyclePlan:
 
     def summary(self) -> dict[str, Any]:
         """What will be written, for a dry run and for the report."""
-        dense, sparse = self._dense, self.model
+        dense, sparse = self.source.model, self.model
         before, after = parameter_counts(dense), parameter_counts(sparse)
         moe = next(iter(self.layers.values()))
         return {
@@ -285,29 +289,9 @@ class UpcyclePlan:
                 "sparse": 2 * after.multiplied,
                 "ratio": after.multiplied / before.multiplied,
             },
-            "bytes": sum(tensor.nbytes for tensor in self.tensors().values()),
+            "bytes": sum(self._bytes(slot) for slot in self.form.slots(self.model)),
             "memory_needed": self._memory_needed(),
         }
-
-
-def _dense_model(folders: Sequence[ModelFolder]) -> PreTrainedModel:
-    """The dense model of the first folder, with its parameters on meta; the others are its siblings."""
-    models = []
-    for folder in folders:
-        if is_sparse(folder.config):
-            raise ModelError(
-                f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
-            )
-        models.append(empty_model_of(folder)[0])
-    if len(folders) > 1:
-        check_siblings(folders)
-        for folder, model in zip(folders, models, strict=True):
-            if has_tied_head(model) != has_tied_head(models[0]):
-                raise ModelError(
-                    f"{folder.path} is no sibling of {folders[0].path}: only one of them has tied embeddings; mix "
-                    "models fine-tuned from one model"
-                )
-    return models[0]
 
 
 def _warn_of(config: UpcycleConfig, plan: UpcyclePlan, *, calibrates: bool) -> None:
