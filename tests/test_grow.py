@@ -227,6 +227,14 @@ def test_powers_of_two_are_exact_in_bfloat16(tmp_path):
     assert ModelFolder(tmp_path / "g").dtype() == torch.bfloat16
 
 
+def test_four_times_the_width_is_the_same_embedding_in_bfloat16(tmp_path):
+    # Gemma rounds the root of the width to the dtype that it computes in.
+    source = dense(tmp_path, "gemma3_text")
+    grow_folder(source, tmp_path / "grown", GrowConfig(hidden_size=128), dtype=torch.bfloat16)
+    before, after = (load_model(folder, dtype=torch.bfloat16) for folder in (source, tmp_path / "grown"))
+    assert torch.equal(after.model.embed_tokens(INPUT), before.model.embed_tokens(INPUT).repeat(1, 1, 4))
+
+
 def test_embeddings_that_are_tied_by_word_only_are_grown_untied(tmp_path):
     source = write_dense(tmp_path / "dense")
     config = json.loads((source / "config.json").read_text())
@@ -386,9 +394,15 @@ def test_the_pattern_of_gemma_is_kept_or_refused(tmp_path):
     state = source_state(source), AutoConfig.from_pretrained(source)
     wanted = decoder(*state, INPUT[0], layers=[0, 1, 0, 1, 0])
     assert relative(exact_logits(tmp_path / "grown")[0], wanted) <= 1e-12
-    with pytest.raises(UsageError, match="which of the layers slide; use depth=stack$"):
+    with pytest.raises(UsageError, match=r"which of the layers slide; use depth=stack$"):
         grow_folder(source, tmp_path / "out", GrowConfig(layers=5))
-    eight = dense(tmp_path / "3", "gemma3_text", num_hidden_layers=8, sliding_window_pattern=6)
+    six = dense(tmp_path / "6", "gemma3_text", num_hidden_layers=6, sliding_window_pattern=6)
+    assert [
+        n
+        for n, kind in enumerate(plan_growth(six, GrowConfig(layers=19, depth="stack")).model.config.layer_types)
+        if kind == "full_attention"
+    ] == [5, 11, 17]
+    eight = dense(tmp_path / "8", "gemma3_text", num_hidden_layers=8, sliding_window_pattern=6)
     plan_growth(eight, GrowConfig(layers=11, depth="stack"))
     for depth in ("stack", "interpolate"):
         with pytest.raises(UsageError, match="grow hidden_size or intermediate_size instead"):

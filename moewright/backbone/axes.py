@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
+from transformers import PreTrainedConfig
+
 Axis = Literal[
     "vocabulary",
     "positions",
@@ -53,6 +55,15 @@ class Growth:
     """Config field that says whether what the output embedding reads is divided by that root, where there is one."""
     fixed_width: str | None = None
     """Why the model width cannot grow, although other sizes can."""
+
+    def scales_embedding(self, config: PreTrainedConfig) -> bool:
+        """Whether this model multiplies its embeddings by the root of its width."""
+        scale = self.embedding_scale
+        return scale if isinstance(scale, bool) else bool(getattr(config, scale))
+
+    def scales_output(self, config: PreTrainedConfig) -> bool:
+        """Whether it divides what its output embedding reads by that root."""
+        return self.output_scale is not None and bool(getattr(config, self.output_scale, False))
 
 
 def _linear(name: str, outputs: Axis, inputs: Axis) -> dict[str, Axes]:

@@ -146,16 +146,15 @@ class GrowPlan:
 
     def _divisor(self, name: str, axes: Axes) -> float:
         """What a tensor is divided by because the model multiplies or divides with the root of its width."""
-        config, growth, family = self._dense.config, self._growth, self.family
+        config, growth = self._dense.config, self._growth
         root = math.sqrt(self.sizes.hidden_size / self.source_sizes.hidden_size)
-        embeds = growth.embedding_scale
-        embeds = embeds if isinstance(embeds, bool) else bool(getattr(config, embeds))
+        embeds = growth.scales_embedding(config)
         if axes.embeds:
             return root if embeds else 1.0
-        if not (axes.feeds_head if self.tied else name == family.on_disk(family.head)):
+        if not (axes.feeds_head if self.tied else name == self.family.on_disk(self.family.head)):
             return 1.0
-        outputs = growth.output_scale is not None and bool(getattr(config, growth.output_scale, False))
-        return root ** -(outputs + (embeds and self.tied))  # a tied output embedding was divided by it, too
+        # What a tied output embedding was divided by as the table that it is.
+        return root ** -(growth.scales_output(config) + (embeds and self.tied))
 
     def _why_inexact(self) -> list[str]:
         """What makes the grown model another function than its source; empty if nothing does."""
