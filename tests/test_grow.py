@@ -103,9 +103,9 @@ def norms_of_t5_in_float64(monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_definition_is_the_model_of_transformers(tmp_path, model_type, tied):
     source = dense(tmp_path, model_type, tie_word_embeddings=tied)
-    config = AutoConfig.from_pretrained(source)
-    plain = logits_of(plain_transformers(source), INPUT)
-    assert relative(decoder(source_state(source), config, INPUT[0]), plain[0].double()) <= 1e-5
+    config, plain = AutoConfig.from_pretrained(source), plain_transformers(source)
+    plain.set_attn_implementation("eager")  # of transformers 5.16 no other caps gemma2's scores
+    assert relative(decoder(source_state(source), config, INPUT[0]), logits_of(plain, INPUT)[0].double()) <= 1e-5
 
 
 # What is exact.
@@ -286,6 +286,7 @@ def test_every_tensor_is_what_the_definition_says(
         torch.testing.assert_close(found[name], tensor, rtol=1e-15, atol=1e-15, msg=name)
     plain = plain_transformers(tmp_path / "grown")
     assert torch.equal(logits_of(load_model(tmp_path / "grown", dtype=plain.dtype), INPUT), logits_of(plain, INPUT))
+    plain.set_attn_implementation("eager")
     assert relative(exact_logits(tmp_path / "grown"), logits_of(plain, INPUT).double()) <= 1e-5
 
 
