@@ -159,7 +159,7 @@ def _add_grow(verbs: Any) -> None:
     verb.add_argument("target", metavar="OUT", type=Path, help="the folder to write")
     for size, what in (("hidden-size", "model width, with more heads"), ("intermediate-size", "feed-forward width")):
         verb.add_argument(f"--{size}", metavar="N", type=int, help=f"{what} (default: as in SRC)")
-    verb.add_argument("--layers", metavar="L", type=int, help="number of layers (default: as in SRC)")
+    verb.add_argument("--layers", metavar="L", type=int, help="number of layers, of each stack (default: as in SRC)")
     verb.add_argument("--width", choices=WIDTHS, default="fpi", help="copy neurons of the layer, or of the one above")
     verb.add_argument("--depth", choices=DEPTHS, default="interpolate", help="where copied layers go")
     verb.add_argument("--seed", metavar="S", type=int, help="draw the neurons to copy (default: in turn)")

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from moewright.backbone.family import growing_families
 from moewright.data import config as data
 from moewright.moe.config import MoEConfig
 from moewright.moe.kernels import KERNELS
@@ -96,6 +97,7 @@ def test_growing_page_shows_the_results():
     grow = experiment("grow")
     page, result = grow.PAGE.read_text(encoding="utf-8"), json.loads(grow.RESULT.read_text(encoding="utf-8"))
     assert grow.renew(page, result) == page, "run python experiments/grow.py --tables"
+    assert [name for name in growing_families() if name not in page] == []
     # What the page claims of width and depth holds for what was measured.
     rows = result["width"] + result["depth"]
     exact = [row["relative_logit_difference"] for row in rows if row["function_preserving"]]

@@ -1,5 +1,6 @@
 """Growth against the definition, neuron by neuron in float64, against the source model, and against bad input."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -11,29 +12,56 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from moewright.backbone.family import FAMILIES, dense_families, growing_families
 from moewright.backbone.folder import load_model
 from moewright.backbone.inspect import inspect_folder
+from moewright.backbone.skeleton import has_tied_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import DataError, ModelError, UsageError
 from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.grow import grow_folder, grow_model, plan_growth
 from moewright.upcycle.grow_config import GrowConfig, Sizes, grown_sizes, hidden_step
-from moewright.upcycle.grow_maps import FAMILY_AXES, layer_map, neuron_map
-from tests.models import write_dense
+from moewright.upcycle.grow_maps import layer_map, neuron_map
+from tests.grow_reference import decoder, slow_growth, unfused
+from tests.models import DECODERS, SIZES, logits_of, plain_transformers, relative, tiny_model, write_dense
 
 INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 TEXT = "def add(a, b):\n    return a + b\n\n" * 20
+GROWING_DECODERS = [name for name in growing_families() if name in DECODERS]
+SETTINGS = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "olmo2": {"attention_bias": True},
+    "gemma2": {"query_pre_attn_scalar": 11, "sliding_window": 4},
+    "gemma3_text": {"query_pre_attn_scalar": 11, "sliding_window": 4, "sliding_window_pattern": 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "granite": {
+        "attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.3, "embedding_multiplier": 3.0,
+        "logits_scaling": 5.0, "residual_multiplier": 0.5,
+    },
+    "nemotron": {"attention_bias": True, "mlp_bias": True},
+}  # fmt: skip
+"""What is special of a family and not on by default."""
+
+
+def grouped(model_type: str) -> bool:
+    """Whether the family can have fewer key and value heads than heads."""
+    return "num_key_value_heads" in SIZES.get(model_type, {"num_key_value_heads": 2})
+
+
+def dense(folder: Path, model_type: str, **changes) -> Path:
+    """A tiny model with what is special of its family, in `folder`/dense."""
+    if not grouped(model_type):
+        changes.pop("num_key_value_heads", None)
+    return write_dense(folder / "dense", model_type, **(SETTINGS.get(model_type, {}) | changes))
 
 
 @torch.no_grad()
 def logits(model, ids=INPUT):
     return model(input_ids=ids, use_cache=False).logits
-
-
-def relative(a, b):
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 def text_file(tmp_path: Path) -> Path:
@@ -51,163 +79,101 @@ def grown_state(folder: Path, config: GrowConfig) -> dict[str, torch.Tensor]:
     return {n: t.make() for n, t in plan_growth(folder, config, dtype=torch.float64).tensors().items()}
 
 
-# The definition: a decoder in float64, and the growth rules one neuron at a time.
+def exact_logits(folder: Path, ids=INPUT) -> torch.Tensor:
+    """Logits of a folder in float64: a decoder's by the definition, an encoder-decoder's by transformers."""
+    config = AutoConfig.from_pretrained(folder)
+    if not config.is_encoder_decoder:
+        return torch.stack([decoder(source_state(folder), config, text) for text in ids])
+    return logits_of(load_model(folder, dtype=torch.float64), ids)
 
 
-def decoder(state, config, ids, *, layers=None, weights_of_units=None):
-    """Logits (T, V) of a pre-norm decoder, in float64, from its tensors.
+@pytest.fixture(autouse=True)
+def norms_of_t5_in_float64(monkeypatch):
+    """T5 takes the mean of the squares in float32, whatever it computes in."""
 
-    `layers` runs these layers in this order. `weights_of_units` (D,) replaces the mean of the squares in every
-    norm by a weighted sum.
-    """
-    width = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // config.num_attention_heads
-    group = config.num_attention_heads // config.num_key_value_heads
-    time = torch.arange(len(ids), dtype=torch.float64)
-    rates = config.rope_parameters["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-    angles = (time[:, None] * rates).repeat(1, 2)
-    ahead = torch.triu(torch.ones(len(ids), len(ids), dtype=torch.bool), diagonal=1)
+    def forward(self, x):
+        wide = x if x.dtype == torch.float64 else x.float()
+        return self.weight * (x * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
 
-    def norm(x, weight, units=None):
-        squares = (x**2).mean(-1, keepdim=True) if units is None else (x**2 * units).sum(-1, keepdim=True)
-        return weight * x / torch.sqrt(squares + config.rms_norm_eps)
-
-    def rotate(x):
-        half = torch.cat([-x[:, width // 2 :], x[:, : width // 2]], dim=-1)
-        return x * angles.cos() + half * angles.sin()
-
-    def heads(name, x, count):
-        y = x @ state[f"{name}_proj.weight"].T + state.get(f"{name}_proj.bias", 0.0)
-        return y.reshape(len(ids), count, width).unbind(1)
-
-    x = state["model.embed_tokens.weight"][ids]
-    for layer in layers or range(config.num_hidden_layers):
-        path = f"model.layers.{layer}."
-        y = norm(x, state[path + "input_layernorm.weight"], weights_of_units)
-        queries = heads(path + "self_attn.q", y, config.num_attention_heads)
-        keys = heads(path + "self_attn.k", y, config.num_key_value_heads)
-        values = heads(path + "self_attn.v", y, config.num_key_value_heads)
-        found = []
-        for head, query in enumerate(queries):
-            key = keys[head // group]
-            if path + "self_attn.q_norm.weight" in state:
-                query = norm(query, state[path + "self_attn.q_norm.weight"])
-                key = norm(key, state[path + "self_attn.k_norm.weight"])
-            scores = rotate(query) @ rotate(key).T / math.sqrt(width)
-            found.append(scores.masked_fill(ahead, -math.inf).softmax(-1) @ values[head // group])
-        x = x + torch.cat(found, -1) @ state[path + "self_attn.o_proj.weight"].T
-        y = norm(x, state[path + "post_attention_layernorm.weight"], weights_of_units)
-        gate = y @ state[path + "mlp.gate_proj.weight"].T
-        hidden = gate / (1 + torch.exp(-gate)) * (y @ state[path + "mlp.up_proj.weight"].T)
-        x = x + hidden @ state[path + "mlp.down_proj.weight"].T
-    head = state["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    return norm(x, state["model.norm.weight"], weights_of_units) @ head.T
+    for norm in (T5LayerNorm, MT5LayerNorm):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
-def slow_growth(state, config, *, hidden, feed_forward, layers, width, depth):
-    """The grown tensors by section 2.2.1 of arXiv 2408.06567, one neuron at a time; neurons are copied in turn."""
-    D, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    d = getattr(config, "head_dim", None) or D // H
-    # A neuron is (source neuron, whether it is extra).
-    model = [(i % D, i >= D) for i in range(hidden)]
-    ffn = [(i % F, i >= F) for i in range(feed_forward)]
-    new_heads = H * hidden // D
-    if K == H:
-        heads = [(h % H, h >= H) for h in range(new_heads)]
-        kv = heads
-    else:
-        old, new = H // K, new_heads // K
-        heads = [(g * old + j % old, j >= old) for g in range(K) for j in range(new)]
-        kv = [(g, False) for g in range(K)]
-    q_rows = [(h * d + k, extra) for h, extra in heads for k in range(d)]
-    kv_rows = [(h * d + k, extra) for h, extra in kv for k in range(d)]
-    copies = {name: Counter(c for c, _ in n) for name, n in (("D", model), ("F", ffn), ("H", q_rows))}
-
-    def matrix(own, above, outputs, inputs, name):
-        own, above = own.tolist(), above.tolist()
-        rows = [[(above if extra else own)[c][ci] / copies[name][ci] for ci, _ in inputs] for c, extra in outputs]
-        return torch.tensor(rows, dtype=torch.float64)
-
-    def vector(own, above, outputs):
-        return torch.stack([(above if extra else own)[c] for c, extra in outputs])
-
-    columns = [c for c, _ in model]
-    counts = torch.tensor([float(copies["D"][c]) for c in columns], dtype=torch.float64)
-    grown = {"model.embed_tokens.weight": state["model.embed_tokens.weight"][:, columns]}
-    final = state["model.norm.weight"][columns]
-    if config.tie_word_embeddings:
-        grown["model.norm.weight"] = final / counts
-    else:
-        grown["model.norm.weight"] = final
-        grown["lm_head.weight"] = state["lm_head.weight"][:, columns] / counts
-    for new_layer in range(layers):
-        layer = new_layer % L if depth == "stack" else math.floor(new_layer * L / layers)
-        up = layer + 1 if width == "aki" and layer + 1 < L else layer
-        for part, outputs, inputs, name in (
-            ("self_attn.q_proj", q_rows, model, "D"),
-            ("self_attn.k_proj", kv_rows, model, "D"),
-            ("self_attn.v_proj", kv_rows, model, "D"),
-            ("self_attn.o_proj", model, q_rows, "H"),
-            ("mlp.gate_proj", ffn, model, "D"),
-            ("mlp.up_proj", ffn, model, "D"),
-            ("mlp.down_proj", model, ffn, "F"),
-        ):
-            own, above, new = (f"model.layers.{n}.{part}." for n in (layer, up, new_layer))
-            grown[new + "weight"] = matrix(state[own + "weight"], state[above + "weight"], outputs, inputs, name)
-            if own + "bias" in state:
-                grown[new + "bias"] = vector(state[own + "bias"], state[above + "bias"], outputs)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            grown[f"model.layers.{new_layer}.{norm}.weight"] = state[f"model.layers.{layer}.{norm}.weight"][columns]
-        for norm in ("self_attn.q_norm", "self_attn.k_norm"):
-            if f"model.layers.{layer}.{norm}.weight" in state:
-                grown[f"model.layers.{new_layer}.{norm}.weight"] = state[f"model.layers.{layer}.{norm}.weight"]
-    return grown
-
-
-@pytest.mark.parametrize("model_type", tuple(FAMILY_AXES))
-def test_the_definition_is_the_model_of_transformers(tmp_path, model_type):
-    source = write_dense(tmp_path / "dense", model_type)
-    config = AutoConfig.from_pretrained(source)
-    plain = logits(AutoModelForCausalLM.from_pretrained(source))
-    assert relative(decoder(source_state(source), config, INPUT[0]), plain[0].double()) <= 1e-5
+@pytest.mark.parametrize("model_type", GROWING_DECODERS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_definition_is_the_model_of_transformers(tmp_path, model_type, tied):
+    source = dense(tmp_path, model_type, tie_word_embeddings=tied)
+    config, plain = AutoConfig.from_pretrained(source), plain_transformers(source)
+    plain.set_attn_implementation("eager")  # of transformers 5.16 no other caps gemma2's scores
+    assert relative(decoder(source_state(source), config, INPUT[0]), logits_of(plain, INPUT)[0].double()) <= 1e-5
 
 
 # What is exact.
 
 
-@pytest.mark.parametrize("model_type", tuple(FAMILY_AXES))
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("model_type", "kv_heads"),
+    [(name, n) for name in growing_families() for n in ([1, 2, 4] if grouped(name) else [4])],
+)
 def test_width_fpi_preserves_the_function(tmp_path, model_type, tied, kv_heads):
-    source = write_dense(tmp_path / "dense", model_type, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
-    growth = GrowConfig(hidden_size=96 if kv_heads == 2 else 64, intermediate_size=100, seed=kv_heads)
+    source = dense(tmp_path, model_type, tie_word_embeddings=tied, num_key_value_heads=kv_heads)
+    hidden = None if model_type == "m2m_100" else 96 if kv_heads == 2 else 64
+    growth = GrowConfig(hidden_size=hidden, intermediate_size=100, seed=kv_heads)
     report = grow_folder(source, tmp_path / "grown", growth, verify_text=text_file(tmp_path))
-    dense = AutoModelForCausalLM.from_pretrained(source)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    assert relative(logits(plain), logits(dense)) <= 1e-5
-    assert torch.equal(logits(load_model(tmp_path / "grown")), logits(plain))
-    assert (plain.lm_head.weight is plain.model.embed_tokens.weight) == tied
-    assert plain.config.num_key_value_heads == (kv_heads if kv_heads < 4 else plain.config.num_attention_heads)
+    before, plain = plain_transformers(source), plain_transformers(tmp_path / "grown")
+    assert relative(logits_of(plain, INPUT), logits_of(before, INPUT)) <= 1e-5
+    assert torch.equal(logits_of(load_model(tmp_path / "grown"), INPUT), logits_of(plain, INPUT))
+    assert has_tied_head(plain) == has_tied_head(before)
+    if grouped(model_type):
+        assert plain.config.num_key_value_heads == (kv_heads if kv_heads < 4 else plain.config.num_attention_heads)
     assert plain.config.num_attention_heads * 8 == plain.config.hidden_size
     assert report.summary["function_preserving"]
     (comparison,) = report.comparisons
     assert comparison["relative_logit_difference"] <= 1e-5
     assert comparison["grown_perplexity"] == pytest.approx(comparison["source_perplexity"], rel=1e-5)
     # Without the rounding of float32 nothing is left of the difference.
-    wanted = decoder(source_state(source), dense.config, INPUT[0])
-    found = decoder(grown_state(source, growth), plain.config, INPUT[0])
-    assert relative(found, wanted) <= 1e-12
+    grow_folder(source, tmp_path / "exact", growth, dtype=torch.float64)
+    assert relative(exact_logits(tmp_path / "exact"), exact_logits(source)) <= 1e-12
 
 
-@pytest.mark.parametrize("model_type", tuple(FAMILY_AXES))
+@pytest.mark.parametrize("model_type", [name for name in growing_families() if name != "m2m_100"])
+def test_each_size_grows_alone(tmp_path, model_type):
+    source = dense(tmp_path, model_type)
+    for growth in (GrowConfig(hidden_size=96), GrowConfig(intermediate_size=67, seed=1)):
+        grow_folder(source, tmp_path / "exact", growth, dtype=torch.float64, overwrite=True)
+        assert relative(exact_logits(tmp_path / "exact"), exact_logits(source)) <= 1e-12
+
+
+@pytest.mark.parametrize("model_type", [name for name in GROWING_DECODERS if name not in ("qwen2", "gpt_neox")])
 def test_head_widths_of_their_own_are_kept(tmp_path, model_type):
-    # As in Qwen3-0.6B, where heads * head_dim is twice the model width; qwen2 has no such field.
-    changes = {} if model_type == "qwen2" else {"head_dim": 16}
-    source = write_dense(tmp_path / "dense", model_type, **changes)
+    # As in Qwen3-0.6B, where heads * head_dim is twice the model width; qwen2 and gpt_neox have no such field.
+    source = dense(tmp_path, model_type, head_dim=16)
     grow_folder(source, tmp_path / "grown", GrowConfig(hidden_size=64))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    assert relative(logits(plain), logits(AutoModelForCausalLM.from_pretrained(source))) <= 1e-5
-    assert plain.model.layers[0].self_attn.q_proj.weight.shape == (8 * changes.get("head_dim", 8), 64)
+    plain = plain_transformers(tmp_path / "grown")
+    assert relative(logits_of(plain, INPUT), logits_of(plain_transformers(source), INPUT)) <= 1e-5
+    assert plain.model.layers[0].self_attn.o_proj.weight.shape == (64, 8 * 16)
+
+
+def test_embeddings_scaled_by_the_width_keep_their_scale(tmp_path):
+    # gemma always, the others where their config says so; T5 1.1 has an output embedding of its own, and may scale.
+    cases = [("mbart", {"scale_embedding": True}), ("bart", {"scale_embedding": True})]
+    cases += [("mbart", {"scale_embedding": True, "tie_word_embeddings": False})]
+    for number, (model_type, changes) in enumerate(cases):
+        source = dense(tmp_path / str(number), model_type, **changes)
+        grow_folder(source, tmp_path / f"{number}g", GrowConfig(hidden_size=96), dtype=torch.float64)
+        assert relative(exact_logits(tmp_path / f"{number}g"), exact_logits(source)) <= 1e-12
+    for scales in (None, False):
+        model = tiny_model("t5", **({} if scales is None else {"tie_word_embeddings": scales}))
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+        model.all_tied_weights_keys.pop("lm_head.weight")
+        source = tmp_path / f"t5-{scales}"
+        model.save_pretrained(source)
+        assert not has_tied_head(load_model(source))
+        grow_folder(source, tmp_path / f"{scales}g", GrowConfig(hidden_size=96), dtype=torch.float64)
+        assert not has_tied_head(load_model(tmp_path / f"{scales}g"))
+        assert load_model(tmp_path / f"{scales}g").config.scale_decoder_outputs == (scales is None)
+        assert relative(exact_logits(tmp_path / f"{scales}g"), exact_logits(source)) <= 1e-12
 
 
 def test_a_feed_forward_block_of_any_larger_width_is_exact(tmp_path):
@@ -227,9 +193,10 @@ def test_attention_biases_grow_too(tmp_path):
     assert relative(logits(plain), logits(AutoModelForCausalLM.from_pretrained(source))) <= 1e-5
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "nemotron", "gpt_neox"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_unequal_copies_are_inexact_only_through_the_norms(tmp_path, tied):
-    source = write_dense(tmp_path / "dense", tie_word_embeddings=tied)
+def test_unequal_copies_are_inexact_only_through_the_norms(tmp_path, model_type, tied):
+    source = dense(tmp_path, model_type, tie_word_embeddings=tied)
     growth = GrowConfig(hidden_size=48)
     config = AutoConfig.from_pretrained(source)
     wanted = decoder(source_state(source), config, INPUT[0])
@@ -260,6 +227,14 @@ def test_powers_of_two_are_exact_in_bfloat16(tmp_path):
     assert ModelFolder(tmp_path / "g").dtype() == torch.bfloat16
 
 
+def test_four_times_the_width_is_the_same_embedding_in_bfloat16(tmp_path):
+    # Gemma rounds the root of the width to the dtype that it computes in.
+    source = dense(tmp_path, "gemma3_text")
+    grow_folder(source, tmp_path / "grown", GrowConfig(hidden_size=128), dtype=torch.bfloat16)
+    before, after = (load_model(folder, dtype=torch.bfloat16) for folder in (source, tmp_path / "grown"))
+    assert torch.equal(after.model.embed_tokens(INPUT), before.model.embed_tokens(INPUT).repeat(1, 1, 4))
+
+
 def test_embeddings_that_are_tied_by_word_only_are_grown_untied(tmp_path):
     source = write_dense(tmp_path / "dense")
     config = json.loads((source / "config.json").read_text())
@@ -274,33 +249,45 @@ def test_embeddings_that_are_tied_by_word_only_are_grown_untied(tmp_path):
 # Every rule, tensor by tensor.
 
 
+def growths(model_type: str) -> list[tuple[str, int, int, str, int, bool]]:
+    """Depth, layers before and after, width, key and value heads, ties: every two of the settings together.
+
+    Gemma's layers slide in its own pattern, which only these depths keep.
+    """
+    how = [("interpolate", 3, 5), ("stack", 3, 5 if model_type == "gemma3_text" else 7)]
+    first, second = [("stack", 2, 5), ("stack", 4, 6)] if model_type == "gemma2" else how
+    return [
+        (*first, "fpi", 2, True),
+        (*first, "aki", 4, False),
+        (*second, "fpi", 4, False),
+        (*second, "aki", 2, True),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:hidden_size=48")
-@pytest.mark.parametrize("model_type", tuple(FAMILY_AXES))
-@pytest.mark.parametrize("width", ["fpi", "aki"])
-@pytest.mark.parametrize(("depth", "layers"), [("interpolate", 5), ("stack", 7)])
-@pytest.mark.parametrize(("kv_heads", "tied"), [(2, True), (4, False)])
-def test_every_tensor_is_what_the_definition_says(tmp_path, model_type, width, depth, layers, kv_heads, tied):
-    source = write_dense(
-        tmp_path / "dense", model_type, num_hidden_layers=3, num_key_value_heads=kv_heads, tie_word_embeddings=tied
-    )
-    growth = GrowConfig(hidden_size=48, intermediate_size=150, layers=layers, width=width, depth=depth)
-    wanted = slow_growth(
-        source_state(source),
-        AutoConfig.from_pretrained(source),
-        hidden=48,
-        feed_forward=150,
-        layers=layers,
-        width=width,
-        depth=depth,
-    )
-    found = grown_state(source, growth)
+@pytest.mark.parametrize(
+    ("model_type", "depth", "layers", "new_layers", "width", "kv_heads", "tied"),
+    [(name, *growth) for name in growing_families() for growth in growths(name)],
+)
+def test_every_tensor_is_what_the_definition_says(
+    tmp_path, model_type, depth, layers, new_layers, width, kv_heads, tied
+):
+    changes = {"sliding_window_pattern": 6} if model_type == "gemma3_text" else {}
+    counts = {stack.count: layers for stack in FAMILIES[model_type].stacks}
+    source = dense(tmp_path, model_type, num_key_value_heads=kv_heads, tie_word_embeddings=tied, **counts, **changes)
+    hidden = None if model_type == "m2m_100" else 48
+    growth = GrowConfig(hidden_size=hidden, intermediate_size=150, layers=new_layers, width=width, depth=depth)
+    grow_folder(source, tmp_path / "grown", growth, dtype=torch.float64)
+    before, after = (AutoConfig.from_pretrained(folder) for folder in (source, tmp_path / "grown"))
+    wanted = slow_growth(source_state(source), before, after, width=width, depth=depth)
+    found = unfused(source_state(tmp_path / "grown"), after)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert torch.equal(found[name], tensor), name
-    grow_folder(source, tmp_path / "grown", growth)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    assert torch.equal(logits(load_model(tmp_path / "grown")), logits(plain))
-    assert relative(decoder(wanted, plain.config, INPUT[0]), logits(plain)[0].double()) <= 1e-5
+        torch.testing.assert_close(found[name], tensor, rtol=1e-15, atol=1e-15, msg=name)
+    plain = plain_transformers(tmp_path / "grown")
+    assert torch.equal(logits_of(load_model(tmp_path / "grown", dtype=plain.dtype), INPUT), logits_of(plain, INPUT))
+    plain.set_attn_implementation("eager")
+    assert relative(exact_logits(tmp_path / "grown"), logits_of(plain, INPUT).double()) <= 1e-5
 
 
 def test_aki_takes_extra_neurons_from_the_layer_above(tmp_path):
@@ -337,8 +324,9 @@ def test_aki_breaks_the_symmetry_that_fpi_keeps(tmp_path):
 
 
 @pytest.mark.parametrize(("depth", "order"), [("interpolate", [0, 0, 1, 1, 2]), ("stack", [0, 1, 2, 0, 1])])
-def test_depth_runs_layers_again(tmp_path, depth, order):
-    source = write_dense(tmp_path / "dense", num_hidden_layers=3)
+@pytest.mark.parametrize("model_type", [name for name in GROWING_DECODERS if not name.startswith("gemma")])
+def test_depth_runs_layers_again(tmp_path, model_type, depth, order):
+    source = dense(tmp_path, model_type, num_hidden_layers=3)
     growth = GrowConfig(hidden_size=64, layers=5, depth=depth)
     grow_folder(source, tmp_path / "grown", growth)
     config = AutoConfig.from_pretrained(source)
@@ -370,6 +358,10 @@ def test_neuron_maps():
     rows = neuron_map(2, 3).in_rows(2)
     assert rows.source.tolist() == [0, 1, 2, 3, 0, 1]
     assert rows.copies.tolist() == [2, 2, 1, 1]
+    fused = neuron_map(2, 3).then(neuron_map(2, 2), neuron_map(1, 2))
+    assert fused.source.tolist() == [0, 1, 0, 2, 3, 4, 4]
+    assert fused.copies.tolist() == [2, 1, 1, 1, 2]
+    assert fused.extra.tolist() == [False, False, True, False, False, False, True]
     drawn = neuron_map(50, 170, rng=np.random.default_rng(1))
     assert drawn.source[:50].tolist() == list(range(50))
     for start in (50, 100):  # each round has every neuron once, in an order of its own
@@ -391,6 +383,45 @@ def test_sliding_layers_stay_with_their_weights(tmp_path):
     assert relative(logits(wide), logits(AutoModelForCausalLM.from_pretrained(source))) <= 1e-5
     with pytest.raises(UsageError, match="use depth=interpolate"):
         grow_folder(source, tmp_path / "stacked", GrowConfig(layers=4, depth="stack"))
+
+
+def test_the_pattern_of_gemma_is_kept_or_refused(tmp_path):
+    # What runtimes take for granted: gemma2's layers slide in turn, and five of six of gemma3's.
+    source = dense(tmp_path, "gemma2", num_hidden_layers=2)
+    growth = GrowConfig(hidden_size=64, layers=5, depth="stack")
+    grow_folder(source, tmp_path / "grown", growth, dtype=torch.float64)
+    config = AutoConfig.from_pretrained(tmp_path / "grown")
+    assert config.layer_types == [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "full", "sliding")]
+    state = source_state(source), AutoConfig.from_pretrained(source)
+    wanted = decoder(*state, INPUT[0], layers=[0, 1, 0, 1, 0])
+    assert relative(exact_logits(tmp_path / "grown")[0], wanted) <= 1e-12
+    with pytest.raises(UsageError, match=r"which of the layers slide; use depth=stack$"):
+        grow_folder(source, tmp_path / "out", GrowConfig(layers=5))
+    six = dense(tmp_path / "6", "gemma3_text", num_hidden_layers=6, sliding_window_pattern=6)
+    assert [
+        n
+        for n, kind in enumerate(plan_growth(six, GrowConfig(layers=19, depth="stack")).model.config.layer_types)
+        if kind == "full_attention"
+    ] == [5, 11, 17]
+    eight = dense(tmp_path / "8", "gemma3_text", num_hidden_layers=8, sliding_window_pattern=6)
+    plan_growth(eight, GrowConfig(layers=11, depth="stack"))
+    for depth in ("stack", "interpolate"):
+        with pytest.raises(UsageError, match="grow hidden_size or intermediate_size instead"):
+            plan_growth(eight, GrowConfig(layers=12, depth=depth))
+
+
+def test_encoder_decoders_that_cannot_grow_are_refused(tmp_path):
+    source = dense(tmp_path, "m2m_100")
+    with pytest.raises(UsageError, match="the width of a m2m_100 model cannot grow, since its positions"):
+        plan_growth(source, GrowConfig(hidden_size=64, intermediate_size=128))
+    for number, changes in enumerate(({"decoder_layers": 1}, {"decoder_ffn_dim": 48}, {"decoder_attention_heads": 2})):
+        uneven = dense(tmp_path / str(number), "bart", **changes)
+        with pytest.raises(ModelError, match="encoder and decoder of this bart model differ in layers, heads or"):
+            plan_growth(uneven, GrowConfig(hidden_size=64))
+
+
+def test_every_dense_family_grows():
+    assert growing_families() == dense_families()
 
 
 # Refusals and warnings.
@@ -465,11 +496,13 @@ def test_bad_sources_and_targets_are_refused_and_leave_nothing(tmp_path, monkeyp
             grow_folder(start, target, growth)
     with pytest.raises(DataError, match="no such file"):
         grow_folder(source, tmp_path / "out", growth, verify_text=tmp_path / "missing.txt")
-    axes = {name: value for name, value in FAMILY_AXES["mistral"].items() if "up_proj" not in name}
-    monkeypatch.setitem(FAMILY_AXES, "mistral", axes)
+    mistral = FAMILIES["mistral"]
+    axes = {name: value for name, value in mistral.growth.axes.items() if "up_proj" not in name}
+    without = dataclasses.replace(mistral, growth=dataclasses.replace(mistral.growth, axes=axes))
+    monkeypatch.setitem(FAMILIES, "mistral", without)
     with pytest.raises(ModelError, match=r"no rule says how model\.layers\.0\.mlp\.up_proj\.weight grows"):
         grow_folder(source, tmp_path / "out", growth)
-    monkeypatch.delitem(FAMILY_AXES, "mistral")
+    monkeypatch.setitem(FAMILIES, "mistral", dataclasses.replace(mistral, growth=None))
     with pytest.raises(ModelError, match="growing a mistral model is not supported yet; supported are llama, qwen2"):
         grow_folder(source, tmp_path / "out", growth)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moewright.backbone.axes import BART, GEMMA, GPT_NEOX, LLAMA, M2M_100, MBART, OLMO2, PHI3, T5, Growth
 from moewright.errors import ModelError, UsageError
 from moewright.moe.activations import ACTIVATIONS
 
@@ -33,6 +34,8 @@ class Stack:
     """Config field of the number of layers."""
     size: str = "intermediate_size"
     """Config field of the block's width."""
+    heads: str = "num_attention_heads"
+    """Config field of the number of attention heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ class Family:
     """Tensor names on disk by names in memory, where they differ."""
     norm_offset: float = 0.0
     """What is added to a norm's weight before it is used."""
+    growth: Growth | None = None
+    """What the dims of its tensors count, for `moewright grow`; None where it cannot grow."""
     dense: bool = True
     """False for a sparse architecture whose other layers no dense one has: its blocks are replaced, never cut up."""
 
@@ -150,6 +155,7 @@ def _fairseq(name: str, norm: str) -> Stack:
         causal=name == "decoder",
         count=f"{name}_layers",
         size=f"{name}_ffn_dim",
+        heads=f"{name}_attention_heads",
     )
 
 
@@ -162,10 +168,11 @@ def _t5_stack(name: str, place: int, count: str) -> Stack:
         causal=name == "decoder",
         count=count,
         size="d_ff",
+        heads="num_heads",
     )
 
 
-def _fairseq_family(model_type: str, *norms: str) -> Family:
+def _fairseq_family(model_type: str, *norms: str, growth: Growth) -> Family:
     return Family(
         model_type=model_type,
         stacks=(_fairseq("encoder", norms[0]), _fairseq("decoder", norms[-1])),
@@ -175,6 +182,7 @@ def _fairseq_family(model_type: str, *norms: str) -> Family:
         activation_dropout="activation_dropout",
         seq2seq=True,
         embedding="model.shared.weight",
+        growth=growth,
     )
 
 
@@ -192,6 +200,7 @@ def _t5_family(model_type: str) -> Family:
         seq2seq=True,
         embedding="shared.weight",
         config_tells_ties=False,
+        growth=T5,
     )
 
 
@@ -200,16 +209,18 @@ _GEMMA: Final = (Stack(norm="pre_feedforward_layernorm"),)
 FAMILIES: Final = {
     family.model_type: family
     for family in (
-        Family(model_type="llama", bias="mlp_bias"),
-        Family(model_type="mistral"),
-        Family(model_type="qwen2"),
-        Family(model_type="qwen3"),
-        Family(model_type="olmo2", stacks=(Stack(norm=None),)),
-        Family(model_type="gemma2", stacks=_GEMMA, activation="hidden_activation", norm_offset=1.0),
-        Family(model_type="gemma3_text", stacks=_GEMMA, activation="hidden_activation", norm_offset=1.0),
-        Family(model_type="phi3", form=Form(up="gate_up_proj", fused=True)),
-        Family(model_type="granite", bias="mlp_bias"),
-        Family(model_type="nemotron", form=Form(), bias="mlp_bias", norm_offset=1.0),
+        Family(model_type="llama", bias="mlp_bias", growth=LLAMA),
+        Family(model_type="mistral", growth=LLAMA),
+        Family(model_type="qwen2", growth=LLAMA),
+        Family(model_type="qwen3", growth=LLAMA),
+        Family(model_type="olmo2", stacks=(Stack(norm=None),), growth=OLMO2),
+        *(
+            Family(model_type=name, stacks=_GEMMA, activation="hidden_activation", norm_offset=1.0, growth=GEMMA)
+            for name in ("gemma2", "gemma3_text")
+        ),
+        Family(model_type="phi3", form=Form(up="gate_up_proj", fused=True), growth=PHI3),
+        Family(model_type="granite", bias="mlp_bias", growth=LLAMA),
+        Family(model_type="nemotron", form=Form(), bias="mlp_bias", norm_offset=1.0, growth=LLAMA),
         Family(
             model_type="gpt_neox",
             stacks=(Stack(layer="gpt_neox.layers.{layer}"),),
@@ -217,11 +228,12 @@ FAMILIES: Final = {
             bias=True,
             embedding="gpt_neox.embed_in.weight",
             renames={"lm_head.weight": "embed_out.weight"},
+            growth=GPT_NEOX,
         ),
         # m2m_100 is NLLB's type, too. BART's norms come after the residual sum, so a block reads the one before it.
-        _fairseq_family("m2m_100", "final_layer_norm"),
-        _fairseq_family("mbart", "final_layer_norm"),
-        _fairseq_family("bart", "self_attn_layer_norm", "encoder_attn_layer_norm"),
+        _fairseq_family("m2m_100", "final_layer_norm", growth=M2M_100),
+        _fairseq_family("mbart", "final_layer_norm", growth=MBART),
+        _fairseq_family("bart", "self_attn_layer_norm", "encoder_attn_layer_norm", growth=BART),
         _t5_family("t5"),
         _t5_family("mt5"),
         Family(model_type="olmoe", dense=False),
@@ -239,6 +251,11 @@ keep what is now `rope_parameters` and `layer_types`, the width of a head, what 
 def dense_families() -> list[str]:
     """The types that can be upcycled."""
     return [name for name, family in FAMILIES.items() if family.dense]
+
+
+def growing_families() -> list[str]:
+    """The types that can be grown."""
+    return [name for name, family in FAMILIES.items() if family.growth is not None]
 
 
 def family_of(config: PreTrainedConfig) -> Family:

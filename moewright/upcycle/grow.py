@@ -1,6 +1,6 @@
 """A dense folder becomes a larger dense folder, one tensor at a time (AquilaMoE, arXiv 2408.06567)."""
 
-import copy
+import math
 import re
 import shutil
 import warnings
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moewright.backbone.family import backbone_config
+from moewright.backbone.axes import Axes
+from moewright.backbone.family import FAMILIES, growing_families
 from moewright.backbone.folder import Form, empty_model_of, fill
 from moewright.backbone.formats import is_sparse
 from moewright.backbone.layout import slots
-from moewright.backbone.sizes import bytes_of, parameter_counts
-from moewright.backbone.skeleton import empty_model
-from moewright.backbone.twin import dense_fields
+from moewright.backbone.sizes import parameter_counts
+from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
@@ -29,8 +29,9 @@ from moewright.checkpoint.write import FolderWriter
 from moewright.errors import ModelError, UsageError
 from moewright.evaluate.perplexity import tokenise
 from moewright.upcycle.apply import EXACT_TOLERANCE
-from moewright.upcycle.grow_config import GrowConfig, Sizes, grown_sizes
-from moewright.upcycle.grow_maps import FAMILY_AXES, Axes, axis_maps, grow_tensor, layer_map
+from moewright.upcycle.grow_backbone import grown_config, sizes_of
+from moewright.upcycle.grow_config import GrowConfig, grown_sizes
+from moewright.upcycle.grow_maps import axis_maps, grow_tensor, layer_map
 from moewright.upcycle.verify import Comparison, compare
 
 
@@ -47,16 +48,24 @@ class GrowPlan:
     def __init__(self, folder: ModelFolder, config: GrowConfig, *, dtype: torch.dtype | None = None) -> None:
         if is_sparse(folder.config):
             raise ModelError(f"{folder.path} is a mixture of experts; grow the dense model, then upcycle it")
-        family = folder.config["model_type"]
-        if family not in FAMILY_AXES:
-            raise ModelError(f"growing a {family} model is not supported yet; supported are {', '.join(FAMILY_AXES)}")
+        self.family = FAMILIES[folder.config["model_type"]]
+        if self.family.growth is None:
+            raise ModelError(
+                f"growing a {self.family.model_type} model is not supported yet; supported are "
+                f"{', '.join(growing_families())}"
+            )
+        self._growth = self.family.growth
         self._dense = empty_model_of(folder)[0]  # names and shapes are checked before anything is read
-        backbone = self._dense.config
         self.folder = folder
         self.dtype = dtype or folder.dtype()
-        self.tied = bool(backbone.tie_word_embeddings)
-        self.source_sizes = _sizes(backbone)
+        self.tied = has_tied_head(self._dense)
+        self.source_sizes = sizes_of(self._dense.config)
         self.sizes = grown_sizes(config, self.source_sizes)
+        if self._growth.fixed_width is not None and self.sizes.hidden_size > self.source_sizes.hidden_size:
+            raise UsageError(
+                f"hidden_size={self.sizes.hidden_size}: the width of a {self.family.model_type} model cannot grow, "
+                f"since {self._growth.fixed_width}; grow intermediate_size or layers instead"
+            )
         self.config = replace(
             config,
             hidden_size=self.sizes.hidden_size,
@@ -65,8 +74,10 @@ class GrowPlan:
         )
         self.source_layers = layer_map(self.source_sizes.layers, self.sizes.layers, depth=config.depth)
         self._maps = axis_maps(self.source_sizes, self.sizes, seed=config.seed)
-        self._axes = FAMILY_AXES[family]
-        self.model: PreTrainedModel = empty_model(self._grown_config(), dtype=self.dtype)
+        grown = grown_config(self._dense.config, self.sizes, depth=config.depth, dtype=self.dtype)
+        self.model: PreTrainedModel = empty_model(grown, dtype=self.dtype)
+        if has_tied_head(self.model) and not self.tied:
+            untie_head(self.model)
         self.inexact = self._why_inexact()
         self._names = {slot.name: slot.shape for slot in slots(self.model, None)}
         for name in self._names:
@@ -83,6 +94,8 @@ class GrowPlan:
             maps=self._maps,
             tied=self.tied,
             dtype=self.dtype,
+            divisor=self._divisor(name, axes),
+            offset=self.family.norm_offset if axes.feeds_head and name.endswith(".weight") else 0.0,
         )
 
     def tensors(self) -> dict[str, LazyTensor]:
@@ -119,38 +132,29 @@ class GrowPlan:
         """What a tensor's dims count, the source tensor that it copies, and the one above that AKI takes from."""
         number = re.search(r"\.(\d+)\.", name)
         template = name if number is None else name.replace(number[0], ".{layer}.", 1)
-        axes = self._axes.get(template)
+        axes = self._growth.axes.get(template)
         if axes is None:
             raise ModelError(f"{self.folder.path}: no rule says how {name} grows; please report this model")
         if number is None:
             return axes, name, None
         layer = self.source_layers[int(number[1])]
+        if axes.feeds_head and int(number[1]) + 1 < self.sizes.layers:
+            axes = replace(axes, feeds_head=False)  # it feeds the next layer
         takes = self.config.width == "aki" and axes.outputs is not None and axes.dims[axes.outputs] in self._maps
         above = template.format(layer=layer + 1) if takes and layer + 1 < self.source_sizes.layers else None
         return axes, template.format(layer=layer), above
 
-    def _grown_config(self) -> PreTrainedConfig:
-        """The source's config with the sizes after growth."""
-        config = copy.deepcopy(self._dense.config)
-        changes: dict[str, Any] = {
-            "hidden_size": self.sizes.hidden_size,
-            "intermediate_size": self.sizes.intermediate_size,
-            "num_hidden_layers": self.sizes.layers,
-            "num_attention_heads": self.sizes.heads,
-            "num_key_value_heads": self.sizes.kv_heads,
-            "head_dim": self.sizes.head_dim,
-        }
-        kinds = getattr(config, "layer_types", None)
-        if kinds is not None:
-            changes["layer_types"] = [kinds[layer] for layer in self.source_layers]
-            if len(set(kinds)) > 1 and self.config.depth == "stack" and len(self.source_layers) > len(kinds):
-                raise UsageError(
-                    "depth=stack of a model that mixes full and sliding attention: not every runtime can be told "
-                    "which of its layers slide; use depth=interpolate"
-                )
-            if "sliding_attention" in kinds:  # how readers that know no layer_types are told the same
-                changes["max_window_layers"] = changes["layer_types"].index("sliding_attention")
-        return backbone_config(dense_fields(config, dtype=self.dtype) | changes)
+    def _divisor(self, name: str, axes: Axes) -> float:
+        """What a tensor is divided by because the model multiplies or divides with the root of its width."""
+        config, growth = self._dense.config, self._growth
+        root = math.sqrt(self.sizes.hidden_size / self.source_sizes.hidden_size)
+        embeds = growth.scales_embedding(config)
+        if axes.embeds:
+            return root if embeds else 1.0
+        if not (axes.feeds_head if self.tied else name == self.family.on_disk(self.family.head)):
+            return 1.0
+        # What a tied output embedding was divided by as the table that it is.
+        return root ** -(growth.scales_output(config) + (embeds and self.tied))
 
     def _why_inexact(self) -> list[str]:
         """What makes the grown model another function than its source; empty if nothing does."""
@@ -192,7 +196,8 @@ class GrowPlan:
         needed = 0
         for name, tensor in self.tensors().items():
             _, own, above = self._sources(name)
-            read = bytes_of(self._dense.get_parameter(own)) * (1 if above is None else 2)
+            info = self.folder.tensors[own]
+            read = (info.end - info.start) * (1 if above is None else 2)
             needed = max(needed, 3 * read + 2 * tensor.nbytes)  # as read, joined, divided; one dim grown, both grown
         return needed
 
@@ -316,14 +321,3 @@ def _verify(plan: GrowPlan, folder: Path, texts: list[Tensor]) -> list[dict[str,
             f"{EXACT_TOLERANCE:g}; nothing was written: please report this model"
         )
     return [as_facts(comparison) for comparison in comparisons]
-
-
-def _sizes(config: PreTrainedConfig) -> Sizes:
-    return Sizes(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )

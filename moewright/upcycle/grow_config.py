@@ -11,7 +11,8 @@ DEPTHS = ("interpolate", "stack")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a dense decoder that growth changes, and the head width, which it keeps."""
+    """The sizes of a dense model that growth changes, those of an encoder being the decoder's, and the head width,
+    which it keeps."""
 
     hidden_size: int
     intermediate_size: int
@@ -36,7 +37,7 @@ class GrowConfig:
     """Feed-forward width, any that is not smaller. By default as in the source."""
 
     layers: int | None = None
-    """Number of layers, any that is not smaller. By default as in the source."""
+    """Number of layers, of each stack in an encoder-decoder; any that is not smaller. By default as in the source."""
 
     width: str = "fpi"
     """`fpi` copies neurons within a layer, `aki` takes the extra ones from the layer above."""

@@ -8,68 +8,14 @@ arXiv 2110.07143). AKI takes the rows of the extra outputs from the layer above,
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moewright.backbone.axes import Axes, Axis
 from moewright.upcycle.grow_config import Sizes
-
-Axis = Literal["vocabulary", "model", "heads", "kv_heads", "head_dim", "feed_forward"]
-"""What a dim of a tensor counts; `heads` and `kv_heads` are rows of heads, heads * head_dim in number."""
-
-
-@dataclass(frozen=True)
-class Axes:
-    """What the dims of a tensor count, and the part that each plays."""
-
-    dims: tuple[Axis, ...]
-    inputs: int | None = None
-    """The dim that is summed over, and therefore divided by the copies."""
-    outputs: int | None = None
-    """The dim whose extra neurons AKI takes from the layer above; a norm's weights are no neurons of their own."""
-    feeds_head: bool = False
-    """Whether this is the norm before the output embedding, which takes over the division of a tied one."""
-
-
-def _linear(outputs: Axis, inputs: Axis) -> Axes:
-    return Axes((outputs, inputs), inputs=1, outputs=0)
-
-
-def _bias(outputs: Axis) -> Axes:
-    return Axes((outputs,), outputs=0)
-
-
-_LAYER: Final = "model.layers.{layer}."
-
-_LLAMA: Final = {
-    "model.embed_tokens.weight": Axes(("vocabulary", "model")),
-    "model.norm.weight": Axes(("model",), feeds_head=True),
-    "lm_head.weight": Axes(("vocabulary", "model"), inputs=1),
-    _LAYER + "input_layernorm.weight": Axes(("model",)),
-    _LAYER + "post_attention_layernorm.weight": Axes(("model",)),
-    _LAYER + "self_attn.q_proj.weight": _linear("heads", "model"),
-    _LAYER + "self_attn.k_proj.weight": _linear("kv_heads", "model"),
-    _LAYER + "self_attn.v_proj.weight": _linear("kv_heads", "model"),
-    _LAYER + "self_attn.o_proj.weight": _linear("model", "heads"),
-    _LAYER + "self_attn.q_proj.bias": _bias("heads"),
-    _LAYER + "self_attn.k_proj.bias": _bias("kv_heads"),
-    _LAYER + "self_attn.v_proj.bias": _bias("kv_heads"),
-    _LAYER + "self_attn.o_proj.bias": _bias("model"),
-    _LAYER + "self_attn.q_norm.weight": Axes(("head_dim",)),
-    _LAYER + "self_attn.k_norm.weight": Axes(("head_dim",)),
-    _LAYER + "mlp.gate_proj.weight": _linear("feed_forward", "model"),
-    _LAYER + "mlp.up_proj.weight": _linear("feed_forward", "model"),
-    _LAYER + "mlp.down_proj.weight": _linear("model", "feed_forward"),
-    _LAYER + "mlp.gate_proj.bias": _bias("feed_forward"),
-    _LAYER + "mlp.up_proj.bias": _bias("feed_forward"),
-    _LAYER + "mlp.down_proj.bias": _bias("model"),
-}
-"""Decoders with a norm before each block whose weights multiply what was divided by the root mean square."""
-
-FAMILY_AXES: Final[dict[str, dict[str, Axes]]] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA)
-"""By model_type: every tensor that the family may have, by its name with {layer} in place of the number."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +38,16 @@ class NeuronMap:
         """The map of the rows of neurons that have `size` rows each, as heads have."""
         rows = (self.source[:, None] * size + torch.arange(size)).flatten()
         return NeuronMap(rows, self.copies.repeat_interleave(size), self.extra.repeat_interleave(size))
+
+    def then(self, *others: "NeuronMap") -> "NeuronMap":
+        """The map of these neurons followed by others, as in a projection that is several fused."""
+        maps = (self, *others)
+        starts = accumulate((len(neurons.copies) for neurons in maps), initial=0)
+        return NeuronMap(
+            torch.cat([start + neurons.source for start, neurons in zip(starts, maps, strict=False)]),
+            torch.cat([neurons.copies for neurons in maps]),
+            torch.cat([neurons.extra for neurons in maps]),
+        )
 
 
 def neuron_map(old: int, new: int, *, rng: np.random.Generator | None = None) -> NeuronMap:
@@ -119,13 +75,22 @@ def layer_map(old: int, new: int, *, depth: str) -> list[int]:
 
 
 def grow_tensor(
-    own: Tensor, above: Tensor | None, *, axes: Axes, maps: Mapping[Axis, NeuronMap], tied: bool, dtype: torch.dtype
+    own: Tensor,
+    above: Tensor | None,
+    *,
+    axes: Axes,
+    maps: Mapping[Axis, NeuronMap],
+    tied: bool,
+    dtype: torch.dtype,
+    divisor: float = 1.0,
+    offset: float = 0.0,
 ) -> Tensor:
     """The grown tensor, in `dtype`, from the source's and, for AKI, the same tensor one layer above.
 
     `maps` has the axes that grow. With `tied` embeddings nothing can be divided in the output embedding, whose
     inputs are copied outputs of the input embedding: the weights of the norm before it are divided instead,
-    n(j) copies of x_j * w_j / n(j), which gives the same logits.
+    n(j) copies of x_j * w_j / n(j), which gives the same logits. Everything is divided by `divisor` besides. What a
+    norm multiplies with is the sum of its weight and `offset`, so it is the sum that is divided.
     """
     inputs = 0 if axes.feeds_head and tied else axes.inputs
     outputs = maps.get(axes.dims[axes.outputs]) if axes.outputs is not None else None
@@ -134,11 +99,13 @@ def grow_tensor(
     if above is not None and axes.outputs is not None and outputs is not None:
         weight = torch.cat([own, above], dim=axes.outputs)
         index[axes.outputs] = outputs.source + len(outputs.copies) * outputs.extra
-    if inputs is not None and axes.dims[inputs] in maps:
-        copies = maps[axes.dims[inputs]].copies
-        # Divided in the widest of float32 and both dtypes, so that the dtype to be written rounds once.
+    divided = None if inputs is None else maps.get(axes.dims[inputs])
+    if divided is not None or divisor != 1.0:
+        # Computed in the widest of float32 and both dtypes, so that the dtype to be written rounds once.
         wide = weight.to(torch.promote_types(torch.promote_types(weight.dtype, dtype), torch.float32))
-        weight = wide / copies.view([-1 if dim == inputs else 1 for dim in range(weight.dim())])
+        shape = [-1 if dim == inputs else 1 for dim in range(weight.dim())]
+        by = divisor if divided is None else divisor * divided.copies.to(wide.dtype).view(shape)
+        weight = (wide + offset) / by - offset if offset else wide / by
     weight = weight.to(dtype)
     for dim, source in index.items():
         weight = weight.index_select(dim, source)
@@ -154,13 +121,18 @@ def axis_maps(source: Sizes, grown: Sizes, *, seed: int | None) -> dict[Axis, Ne
     rngs = [None if seed is None else np.random.default_rng([seed, axis]) for axis in range(3)]
     grouped = source.kv_heads < source.heads
     groups = source.kv_heads if grouped else 1
-    heads = neuron_map(source.heads // groups, grown.heads // groups, rng=rngs[1])
-    heads = heads.in_groups(groups).in_rows(source.head_dim)
+    heads = neuron_map(source.heads // groups, grown.heads // groups, rng=rngs[1]).in_groups(groups)
+    q = heads.in_rows(source.head_dim)
+    kv = neuron_map(source.kv_heads, source.kv_heads).in_rows(source.head_dim) if grouped else q
+    feed_forward = neuron_map(source.intermediate_size, grown.intermediate_size, rng=rngs[2])
     maps: dict[Axis, NeuronMap] = {
         "model": neuron_map(source.hidden_size, grown.hidden_size, rng=rngs[0]),
-        "heads": heads,
-        "feed_forward": neuron_map(source.intermediate_size, grown.intermediate_size, rng=rngs[2]),
+        "head": heads,
+        "heads": q,
+        "kv_heads": kv,
+        "qkv": q.then(kv, kv),
+        "head_qkv": heads.in_rows(3 * source.head_dim),
+        "feed_forward": feed_forward,
+        "gate_up": feed_forward.then(feed_forward),
     }
-    if not grouped:
-        maps["kv_heads"] = heads
     return {axis: neurons for axis, neurons in maps.items() if bool(neurons.extra.any())}
