@@ -443,10 +443,20 @@ def test_what_encoder_decoders_cannot_do_yet_is_said(tmp_path):
         ("llama", [0, 1], {"gated": False}, "mixtral", "no gate"),
         ("llama", [0, 1], {"expert_bias": True}, "mixtral", "biases"),
         ("llama", [0, 1], {"activation": "relu"}, "mixtral", "activation relu"),
+        ("llama", [1], {"expert_bias": False, "mlp_bias": True}, "qwen2_moe", "dense layers have another form"),
+        (
+            "t5",
+            [1, 3],
+            {"top_k": 1, "gated": False, "feed_forward_proj": "gated-gelu"},
+            "switch_transformers",
+            "dense layers have another form",
+        ),
     ],
 )
 def test_a_format_that_would_compute_something_else_is_refused(tmp_path, model_type, layers, changes, wanted, words):
-    model = grafted(model_type, dict.fromkeys(layers, moe_of(model_type, **changes)))
+    backbone = {name: changes[name] for name in ("mlp_bias", "feed_forward_proj") if name in changes}
+    settings = {name: value for name, value in changes.items() if name not in backbone}
+    model = grafted(model_type, dict.fromkeys(layers, moe_of(model_type, **settings)), **backbone)
     with pytest.raises(ModelError, match=words):
         save_model(model, tmp_path / "out", format=wanted)
     assert not (tmp_path / "out").exists()

@@ -256,7 +256,7 @@ REFUSED = [
     ("llama", {}, {"output_masking": 0.5}, "no output_masking"),
     ("llama", {}, {"logit_norm": 1.0}, "no logit_norm"),
     ("llama", {"attention_bias": True}, {}, "no bias on the output projection"),
-    ("llama", {"mlp_bias": True}, {}, "dense layers have no biases"),
+    ("llama", {"mlp_bias": True}, {}, "dense layers have another form"),
     ("qwen3", {"attention_bias": True}, {}, "no bias on the output projection"),
     ("mistral", {"sliding_window": 4}, {}, "no sliding attention"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, {}, "no sliding attention"),

@@ -43,7 +43,9 @@ class Glm(Twin):
             return f"its shared expert is a multiple of expert_size={moe.expert_size} wide, this one {moe.shared_size}"
         if sorted(layers) != list(range(min(layers), config.num_hidden_layers)):
             return "its dense layers are the first ones"
-        return _refuses_backbone(config, mixed=min(layers) > 0)
+        if config.model_type in ("llama", "qwen3") and config.attention_bias:
+            return "it has no bias on the output projection of attention"
+        return "it has no sliding attention" if any(slides(config)) else None
 
     def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
         moe, rope = next(iter(layers.values())), dict(config.rope_parameters)
@@ -95,9 +97,8 @@ class Glm(Twin):
     def backbone_fields(self, fields: Mapping[str, Any], *, backbone: str) -> dict[str, Any]:
         if backbone == self.model_type:
             return {}
-        rope = (
-            fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-        )  # transformers reads them in this order
+        # In the order in which transformers looks for them.
+        rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
         if not isinstance(rope, dict):
             raise ModelError(f"config.json of type {self.model_type}: rope settings {rope!r} are no table")
         part = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 0.5))
@@ -133,17 +134,10 @@ class Glm(Twin):
         return found
 
 
-def _refuses_backbone(config: PreTrainedConfig, *, mixed: bool) -> str | None:
-    """Why its attention, and its dense layers where the model is `mixed`, are not this backbone's."""
-    if config.model_type in ("llama", "qwen3") and config.attention_bias:
-        return "it has no bias on the output projection of attention"
-    if any(slides(config)):
-        return "it has no sliding attention"
-    if mixed and family_of(config).biased(config):
-        return "its dense layers have no biases"
-    return None
-
-
+_HOLDS: Final = (
+    *("score", "router_order", "selection_bias", "renormalize", "routed_scale"),
+    *("num_groups", "top_groups", "group_score", "shared_size", "shared_mode"),
+)
 GLM4_MOE: Final = Glm(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
@@ -162,17 +156,5 @@ GLM4_MOE: Final = Glm(
     ),
     experts_fields=("n_routed_experts",),
     size_fields=("moe_intermediate_size",),
-    holds=frozenset(
-        {
-            "score",
-            "router_order",
-            "selection_bias",
-            "renormalize",
-            "routed_scale",
-            "num_groups",
-            "top_groups",
-            "group_score",
-        }
-        | {"shared_size", "shared_mode"}
-    ),
+    holds=frozenset(_HOLDS),
 )

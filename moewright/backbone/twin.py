@@ -124,7 +124,11 @@ class Twin:
             # None and the order it stands for are one.
             if field.name not in held and value != field.default:
                 return f"it has no {field.name}={value}"
-        if first.activation != (wanted := family_of(config).activation_of(config)):
+        family = family_of(config)
+        form = (family.form_of(config).gated, family.biased(config))
+        if len(layers) < len(family.places(config)) and form != (self.gated, self.biased):
+            return "its dense layers have another form (a gate, biases)"
+        if first.activation != (wanted := family.activation_of(config)):
             return f"its experts' activation {first.activation} is not the model's {wanted}"
         return self.refuses_layers(config, layers)
 
