@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from moewright.backbone.folder import Form, form_of, load_model, save_model
+from moewright.backbone.graft import moe_layers
 from moewright.cli import main
 from moewright.errors import ModelError
 from moewright.export import folder as export
 from moewright.export import verify
 from moewright.export.folder import export_folder
 from moewright.export.runtimes import LLAMA_CPP, SGLANG, VLLM, runtimes
-from moewright.export.verify import Proof, Reference, _other_choices
-from moewright.moe.router import Routing
+from moewright.export.verify import Choice, Proof, Reference, _other_choices
 from moewright.upcycle.verify import compare_logits
 from tests.models import tiny_tokenizer, write_dense
 from tests.test_families import grafted, moe_of, nllb, same_state
 
+SIGMOID_GROUPS = {"score": "sigmoid", "num_experts": 8, "num_groups": 4, "top_groups": 2, "group_score": "top2"}
 GOOD = Proof("MixtralForCausalLM, transformers 5.23.0", 1e-7, 0, True, (), (), ())
 
 
@@ -69,7 +70,7 @@ def test_nllb_moe_is_exported_only_on_demand(tmp_path):
 def test_our_own_type_is_proved_too(tmp_path):
     settings = moe_of("llama", score="sigmoid", selection_bias=True, renormalize=True)
     source = save_model(grafted("llama", {1: settings}).to(torch.bfloat16), tmp_path / "own")
-    report = export_folder(source, tmp_path / "out")
+    report = export_folder(source, tmp_path / "out", to="moewright")
     assert (report.format, report.proof.problems) == ("moewright", [])
     assert {row.loads for row in report.runtimes[1:]} == {"no"}
 
@@ -127,14 +128,32 @@ def test_every_finding_counts(changes, words):
 
 def test_ties_may_be_broken_either_way():
     logits = torch.tensor([[1.0, 2.0, 2.0 - 1e-7, 0.0], [1.0, 2.0, 1.5, 0.0]])
-    routing = Routing(logits, logits, logits, torch.tensor([[1], [1]]), torch.ones(2, 1))
-    reference = Reference({"mask/a": torch.ones(1, 2)}, {}, {"a": [routing]}, torch.zeros(1))
+    choice = Choice(logits, torch.tensor([[1], [1]]))
+    reference = Reference({"mask/a": torch.ones(1, 2)}, {}, {"a": [choice]}, torch.zeros(1))
     theirs = torch.tensor([[False, False, True, False], [False, True, False, False]])
     assert _other_choices({"chosen/a/0": theirs}, reference, "a") == 0
     theirs[1] = theirs[0]
     assert _other_choices({"chosen/a/0": theirs}, reference, "a") == 1
     padded = replace(reference, cases={"mask/a": torch.tensor([[1, 0]])})
     assert _other_choices({"chosen/a/0": theirs}, padded, "a") == 0
+
+
+def test_choices_are_compared_by_what_they_were_made_by():
+    settings = moe_of("llama", score="sigmoid", selection_bias=True, num_experts=8, num_groups=4, top_groups=2)
+    model = grafted("llama", dict.fromkeys((0, 1), replace(settings, group_score="top2")))
+    for moe in moe_layers(model).values():
+        moe.router.bias.uniform_(-1.0, 1.0)  # so that it decides more than the logits do
+    reference = Reference.of(model)
+    found, name = {}, "48"
+    for layer, (values_TE, experts_TK) in enumerate(reference.choices[name]):
+        assert torch.equal(values_TE.topk(2).indices, experts_TK)
+        assert (values_TE.isinf().sum(dim=1) == 4).all(), "of four groups two are out"
+        found[f"chosen/{name}/{layer}"] = torch.zeros(values_TE.shape, dtype=torch.bool).scatter(1, experts_TK, True)
+    assert _other_choices(found, reference, name) == 0
+    for token in range(96):
+        others = {key: chosen_TE.clone() for key, chosen_TE in found.items()}
+        others[f"chosen/{name}/0"][token] = found[f"chosen/{name}/0"][token].roll(1)
+        assert _other_choices(others, reference, name) == 1
 
 
 @pytest.mark.parametrize(
@@ -145,6 +164,8 @@ def test_ties_may_be_broken_either_way():
         ("llama", {"router_order": "softmax-topk"}, "qwen2_moe", {}),
         ("llama", {"router_order": "softmax-topk", "shared_size": 8}, "qwen2_moe", {LLAMA_CPP: "the gate is zero"}),
         ("qwen3", {"router_order": "softmax-topk"}, "qwen3_moe", {LLAMA_CPP: "always renormalises"}),
+        ("llama", {"score": "sigmoid"}, "glm4_moe", {}),
+        ("llama", SIGMOID_GROUPS, "glm4_moe", {LLAMA_CPP: "whatever their groups"}),
         ("olmo2", {}, "flex_olmo", {SGLANG: "no FlexOlmo", LLAMA_CPP: "no FlexOlmo"}),
         ("nemotron", {}, "moewright", dict.fromkeys((VLLM, SGLANG, LLAMA_CPP), "our own model type")),
     ],
@@ -168,6 +189,20 @@ def test_what_sglang_overlooks_in_mixtral_is_named(config, words):
     model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")), **config)
     rows = {row.runtime: row for row in runtimes(form_of(model), model)}
     assert words in rows[SGLANG].why
+
+
+def test_whether_runtimes_slide_is_not_known():
+    layers = {1: moe_of("mistral")}
+    for window, loads in ((None, {"yes", "no"}), (6, {"unknown"})):
+        model = grafted("mistral", layers, sliding_window=window)
+        assert {row.loads for row in runtimes(form_of(model, wanted="qwen2_moe"), model)} == loads
+
+
+def test_no_runtime_knows_glm_with_another_activation():
+    model = grafted("llama", {1: moe_of("llama", score="sigmoid", activation="gelu")}, hidden_act="gelu")
+    assert {row.why for row in runtimes(form_of(model, wanted="glm4_moe"), model)} == {
+        "it knows no activation but silu, and this is gelu"
+    }
 
 
 def test_several_end_tokens_are_no_trouble_and_nan_is_found():

@@ -17,7 +17,7 @@ from moewright.backbone.family import chosen_layers, dense_families
 from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.formats import FORMATS, choose_format, settings_from
 from moewright.backbone.graft import graft, moe_layers, routing_contexts, ungraft
-from moewright.backbone.skeleton import has_tied_head
+from moewright.backbone.skeleton import has_tied_head, untie_head
 from moewright.errors import ModelError, UsageError
 from moewright.evaluate.perplexity import evaluate_files
 from moewright.moe.config import MoEConfig
@@ -199,24 +199,42 @@ def test_configs_written_before_transformers_5_are_read_as_transformers_reads_th
     assert relative(logits_of(ours, INPUT), plain) > 1e-3, "the fields matter"
 
 
-def test_qwen3_that_says_it_slides_and_never_does(tmp_path):
-    changes = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
-    model = grafted("qwen3", dict.fromkeys((0, 1), moe_of("qwen3")), **changes)
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_switch_scales_its_output_where_t5_does(tmp_path, scaled, own_head):
+    model = grafted("t5", dict.fromkeys((1, 3), moe_of("t5", top_k=1, expert_size=64)), tie_word_embeddings=scaled)
+    assert model.config.scale_decoder_outputs == scaled
+    if own_head:
+        untie_head(model)
+        torch.nn.init.normal_(model.lm_head.weight)
     folder = save_model(model, tmp_path / "sparse")
-    assert relative(logits_of(plain_transformers(folder), INPUT), logits_of(model, INPUT)) < 1e-6
-    assert relative(logits_of(load_model(folder), INPUT), logits_of(model, INPUT)) < 1e-6
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_sliding_window": True, "sliding_window": 4}))
-    with pytest.raises(ModelError, match="sliding attention"):
-        load_model(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    assert (fields["model_type"], fields["tie_word_embeddings"]) == ("switch_transformers", scaled)
+    assert relative(logits_of(plain_transformers(folder), INPUT), logits_of(model, INPUT)) < 2e-6
+    again = load_model(folder)
+    assert (again.config.scale_decoder_outputs, has_tied_head(again)) == (scaled, not own_head)
+    same_state(again, model)
+    copy = save_model(again, tmp_path / "copy")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in copy.iterdir()}
 
 
-def test_switch_is_not_taken_for_a_t5_that_does_not_scale_its_output():
-    model = grafted("t5", dict.fromkeys((1, 3), moe_of("t5", top_k=1, expert_size=64)), tie_word_embeddings=False)
-    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
-    assert choose_format(model.config, layers) is None
-    with pytest.raises(ModelError, match="scales the decoder's output"):
-        choose_format(model.config, layers, wanted="switch_transformers")
+@pytest.mark.filterwarnings("ignore:expert_capacity=64")
+def test_untied_switch_folders_are_read_if_encoder_and_decoder_share_a_table(tmp_path):
+    sparse = {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    theirs = tiny_model("switch_transformers", tie_word_embeddings=False, **sparse)
+    assert theirs.encoder.embed_tokens.weight is not theirs.shared.weight, "untied, transformers ties nothing"
+    theirs.save_pretrained(tmp_path / "apart")
+    with pytest.raises(ModelError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"):
+        load_model(tmp_path / "apart")
+    with torch.no_grad():
+        theirs.encoder.embed_tokens.weight.copy_(theirs.shared.weight)
+        theirs.decoder.embed_tokens.weight.copy_(theirs.shared.weight)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert not has_tied_head(ours)
+    assert relative(logits_of(ours, INPUT), logits_of(theirs, INPUT)) < 2e-6
+    again = save_model(ours, tmp_path / "again")
+    assert relative(logits_of(plain_transformers(again), INPUT), logits_of(theirs, INPUT)) < 2e-6
 
 
 @pytest.mark.filterwarnings("ignore:expert_capacity=64")
@@ -425,10 +443,20 @@ def test_what_encoder_decoders_cannot_do_yet_is_said(tmp_path):
         ("llama", [0, 1], {"gated": False}, "mixtral", "no gate"),
         ("llama", [0, 1], {"expert_bias": True}, "mixtral", "biases"),
         ("llama", [0, 1], {"activation": "relu"}, "mixtral", "activation relu"),
+        ("llama", [1], {"expert_bias": False, "mlp_bias": True}, "qwen2_moe", "dense layers have another form"),
+        (
+            "t5",
+            [1, 3],
+            {"top_k": 1, "gated": False, "feed_forward_proj": "gated-gelu"},
+            "switch_transformers",
+            "dense layers have another form",
+        ),
     ],
 )
 def test_a_format_that_would_compute_something_else_is_refused(tmp_path, model_type, layers, changes, wanted, words):
-    model = grafted(model_type, dict.fromkeys(layers, moe_of(model_type, **changes)))
+    backbone = {name: changes[name] for name in ("mlp_bias", "feed_forward_proj") if name in changes}
+    settings = {name: value for name, value in changes.items() if name not in backbone}
+    model = grafted(model_type, dict.fromkeys(layers, moe_of(model_type, **settings)), **backbone)
     with pytest.raises(ModelError, match=words):
         save_model(model, tmp_path / "out", format=wanted)
     assert not (tmp_path / "out").exists()

@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moewright.backbone.family import family_of
+from moewright.backbone.family import config_errors, family_of
+from moewright.backbone.glm_twin import GLM4_MOE
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.layout import Layout, Slot
-from moewright.backbone.twin import Layers, Twin, whole_number
+from moewright.backbone.twin import Layers, Twin, head_size, slides, whole_number
 from moewright.errors import ModelError
 from moewright.moe.config import MoEConfig
 
@@ -38,7 +40,7 @@ class EveryLayer(Twin):
         renormalises = next(iter(layers.values())).router_order == "topk-softmax"
         return {} if self.order else {"norm_topk_prob": renormalises}
 
-    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+    def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
         refuse_jitter(fields)
         return {"router_order": self.order or order_of(fields)}
 
@@ -68,9 +70,9 @@ class GraniteShared(EveryLayer):
     def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
         return {"shared_intermediate_size": next(iter(layers.values())).shared_size}
 
-    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+    def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
         size = whole_number(fields, "shared_intermediate_size", what=self.model_type)
-        return super().own_settings(fields, shared=shared) | {"shared_size": size, "shared_mode": "added"}
+        return super().own_settings(fields, record=record) | {"shared_size": size, "shared_mode": "added"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ class Qwen(Twin):
             "mlp_only_layers": [layer for layer in range(config.num_hidden_layers) if layer not in layers],
         }
 
-    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+    def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
         refuse_jitter(fields)
         return {"router_order": order_of(fields)}
 
@@ -97,69 +99,104 @@ class Qwen(Twin):
         count = config.num_hidden_layers
         return [layer for layer in range(count) if layer not in (dense or ()) and (layer + 1) % step == 0]
 
-    def backbone_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        # Qwen keeps a width here also where no layer uses it.
-        return {} if fields.get("use_sliding_window", True) else {"sliding_window": None}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen3(Qwen):
-    """Qwen3-MoE, which slides in every layer or in none; we write and read those where none does."""
-
-    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
-        return super().own_fields(config, layers) | {"use_sliding_window": False, "sliding_window": None}
-
-    def backbone_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        if fields.get("use_sliding_window") and fields.get("sliding_window") is not None:
-            raise ModelError("use_sliding_window=true: a qwen3_moe folder with sliding attention is not supported yet")
-        return {"use_sliding_window": False, "sliding_window": None}
+    """Qwen3-MoE, which slides in every layer or in none."""
 
     def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
-        return "it slides in every layer or in none" if "sliding_attention" in config.layer_types else None
+        return "it slides in every layer or in none" if len(set(slides(config))) > 1 else None
+
+    def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
+        sliding = all(slides(config))
+        window = {"use_sliding_window": sliding, "sliding_window": config.sliding_window if sliding else None}
+        return super().own_fields(config, layers) | window
+
+    def backbone_fields(self, fields: Mapping[str, Any], *, backbone: str) -> dict[str, Any]:
+        sliding = bool(fields.get("use_sliding_window", False)) and fields.get("sliding_window", 4096) is not None
+        window = whole_number(fields, "sliding_window", what=self.model_type, default=4096) if sliding else None
+        # In Qwen3's own terms: from which layer on they slide.
+        since = {"max_window_layers": 0} if sliding else {}
+        return since | {"use_sliding_window": sliding, "sliding_window": window, "layer_types": None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qwen2(Qwen):
-    """Qwen2-MoE, which demands biases of query, key and value, and a gated shared expert.
+    """Qwen2-MoE, which demands a gated shared expert, and in some runtimes biases of query, key and value.
 
     Where a model has none, they are written as zeros. An expert that is added as it is (`shared_mode="added"`) is
     written with a gate of zeros, whose sigmoid is 1/2, and a doubled down projection: exact, since 2 is a power of two.
+    Any of its layers may slide.
     """
+
+    biases: bool = True
+    """Whether a folder has biases of query, key and value; those that we write always do."""
+
+    def variant(self, fields: Mapping[str, Any]) -> "Qwen2":
+        return self if fields.get("qkv_bias", True) else replace(self, biases=False)
+
+    def backbone(self, fields: Mapping[str, Any]) -> str:
+        if self.biases:
+            return "qwen2"
+        sliding, _ = self._windows(fields)
+        if len(set(sliding)) > 1:
+            raise ModelError(
+                "qkv_bias=false where some layers slide and some do not: no dense family is like that; "
+                "folders where all do or none does are supported"
+            )
+        return "mistral" if all(sliding) else "llama"
 
     def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
         if head_size(config) * config.num_attention_heads != config.hidden_size:
             return "its runtimes take hidden_size / heads for the head width, and this model's is another"
-        if config.model_type == "mistral" and config.sliding_window is not None:
-            return "its sliding window is not Mistral's"
         moe = next(iter(layers.values()))
         if moe.shared_size and moe.shared_mode == "residual":
             return "its shared expert has a gate of its own, not one of two"
         return refuses_attention_biases(config)
 
     def own_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
-        size = next(iter(layers.values())).shared_size or SILENT_SIZE
-        return super().own_fields(config, layers) | {"qkv_bias": True, "shared_expert_intermediate_size": size}
+        sliding = slides(config)
+        return super().own_fields(config, layers) | {
+            "qkv_bias": True,
+            "shared_expert_intermediate_size": next(iter(layers.values())).shared_size or SILENT_SIZE,
+            "use_sliding_window": any(sliding),
+            "sliding_window": config.sliding_window if any(sliding) else 0,
+            "layer_types": ["sliding_attention" if each else "full_attention" for each in sliding],
+        }
 
-    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
-        if not fields.get("qkv_bias", True):
-            raise ModelError(
-                f"qkv_bias=false: a {self.model_type} folder without attention biases is not supported yet"
-            )
-        settings = super().own_settings(fields, shared=shared)
+    def backbone_fields(self, fields: Mapping[str, Any], *, backbone: str) -> dict[str, Any]:
+        sliding, window = self._windows(fields)
+        if (backbone == "llama" and any(sliding)) or (backbone == "mistral" and len(set(sliding)) > 1):
+            raise ModelError(f"moewright.json names the backbone {backbone!r}, but config.json has other layer_types")
+        types = ["sliding_attention" if each else "full_attention" for each in sliding]
+        return {"use_sliding_window": any(sliding), "sliding_window": window, "layer_types": types}
+
+    def _windows(self, fields: Mapping[str, Any]) -> tuple[list[bool], int | None]:
+        """Of each layer, whether it slides, and how far. Where layer_types are missing, its own class says which do."""
+        names = ("num_hidden_layers", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+        with config_errors(self.model_type):
+            config = CONFIG_MAPPING[self.model_type](**{name: fields[name] for name in names if name in fields})
+        sliding = slides(config)
+        if not any(sliding):
+            return sliding, None
+        return sliding, whole_number({"sliding_window": config.sliding_window}, "sliding_window", what=self.model_type)
+
+    def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
+        settings, shared = super().own_settings(fields, record=record), record.get("shared_expert")
         if shared == "silent":
             return settings
         size = whole_number(fields, "shared_expert_intermediate_size", what=self.model_type)
         return settings | {"shared_size": size, "shared_mode": "added" if shared == "doubled" else "gated"}
 
-    def shared_record(self, moe: MoEConfig) -> str | None:
+    def record(self, moe: MoEConfig) -> dict[str, Any]:
         if not moe.shared_size:
-            return "silent"
-        return "doubled" if moe.shared_mode == "added" else None
+            return {"shared_expert": "silent"}
+        return {"shared_expert": "doubled"} if moe.shared_mode == "added" else {}
 
     def slots(self, model: PreTrainedModel) -> list[Slot]:
         found = super().slots(model)
         places = family_of(model.config).places(model.config)
-        if not any(slot.name.endswith("self_attn.q_proj.bias") for slot in found):
+        if self.biases and not any(slot.name.endswith("self_attn.q_proj.bias") for slot in found):
             found += [
                 Slot(
                     name=f"{place.layer}.self_attn.{projection}.bias",
@@ -171,7 +208,7 @@ class Qwen2(Qwen):
                 for projection in ("q_proj", "k_proj", "v_proj")
             ]
         for layer, moe in moe_layers(model).items():
-            kind, path = self.shared_record(moe.config), f"{places[layer].layer}.mlp.shared_expert"
+            kind, path = self.record(moe.config).get("shared_expert"), f"{places[layer].layer}.mlp.shared_expert"
             D, S = moe.config.hidden_size, SILENT_SIZE
             if kind == "silent":
                 # Its gates are not zero, since llama.cpp computes silu(gate)/gate there.
@@ -202,12 +239,6 @@ def refuse_jitter(fields: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"{name}={fields[name]}: router noise is not supported in a folder; set 0, and train with it"
             )
-
-
-def head_size(config: PreTrainedConfig) -> int:
-    """Width of an attention head."""
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size
 
 
 def order_of(fields: Mapping[str, Any]) -> str:
@@ -270,6 +301,7 @@ DECODERS: Final[tuple[Twin, ...]] = (
         experts_fields=("num_experts", "num_local_experts"),
         size_fields=("moe_intermediate_size",),
     ),
+    GLM4_MOE,
     EveryLayer(
         model_type="olmoe",
         architecture="OlmoeForCausalLM",

@@ -237,6 +237,7 @@ FAMILIES: Final = {
         _t5_family("t5"),
         _t5_family("mt5"),
         Family(model_type="olmoe", dense=False),
+        Family(model_type="glm4_moe", dense=False),
     )
 }
 

@@ -7,7 +7,7 @@ which family it was, and whether its embeddings were tied.
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moewright import __version__
 from moewright.backbone.family import Family, backbone_config, family_of
-from moewright.backbone.formats import OWN, choose_format, is_sparse, read_sparse, says_tied, sparse_fields
+from moewright.backbone.formats import OWN, TWINS, choose_format, is_sparse, read_sparse, says_tied, sparse_fields
 from moewright.backbone.graft import graft, moe_layers
 from moewright.backbone.layout import Slot, own_name, slots
 from moewright.backbone.skeleton import empty_model, has_tied_head, materialise, untie_head
@@ -65,8 +65,7 @@ class Form:
             "tie_word_embeddings": has_tied_head(model),
         }
         if self.twin is not None and (moe := next(iter(moe_layers(model).values()), None)) is not None:
-            shared = self.twin.shared_record(moe.config)
-            found |= {"shared_expert": shared} if shared else {}
+            found |= self.twin.record(moe.config)
         return found
 
 
@@ -103,14 +102,13 @@ def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> 
     dtype = dtype or folder_dtype(folder)
     twin: Twin | None = None
     layers: Layers = {}
+    said = bool(record.get("tie_word_embeddings", says_tied(folder.config) if sparse else True))
     if sparse:
-        said = bool(record.get("tie_word_embeddings", says_tied(folder.config)))
         twin, config, layers = read_sparse(folder.config, record=record, tied=said)
     else:
         config = backbone_config(folder.config)
     family, on_disk = family_of(config), partial(_on_disk, twin=twin, config=config)
-    said = bool(config.tie_word_embeddings and record.get("tie_word_embeddings", True))
-    tied = _are_tied(folder, family, said=said, on_disk=on_disk)
+    tied = _are_tied(folder, family, said=said and bool(config.tie_word_embeddings), on_disk=on_disk)
     if not family.seq2seq:  # the embeddings of an encoder and a decoder stay tied to each other
         config.tie_word_embeddings = tied
     _require_plausible(folder, config, on_disk)
@@ -121,7 +119,9 @@ def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> 
     graft(model, layers)
     form = Form(twin=twin)
     found = form.slots(model)
-    folder.check({slot.name: slot.shape for slot in found}, optional=_unneeded(folder, model, on_disk))
+    expected = {slot.name: slot.shape for slot in found}
+    ignored = _ignored(folder, model, twin, expected=expected)
+    folder.check(expected, optional=[*ignored, *_repeated(folder, model, on_disk)])
     for slot in found:
         if slot.must_match and not bool(folder.read(slot.name).eq(slot.fill or 0.0).all()):
             raise ModelError(f"{folder.path}: {slot.name} is not {slot.fill:g} everywhere; {_why_constant(folder)}")
@@ -129,10 +129,12 @@ def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> 
 
 
 def folder_dtype(folder: ModelFolder) -> torch.dtype:
-    """The dtype that a folder's model computes in. Our own type says it, since some of its tensors stay float32."""
-    if folder.config.get("model_type") != OWN:
-        return folder.dtype()
-    return dtype_named(folder.config.get("dtype"))
+    """The dtype that a folder's model computes in, whatever a router's bias has. Our own type says it."""
+    model_type = folder.config.get("model_type")
+    if model_type == OWN:
+        return dtype_named(folder.config.get("dtype"))
+    twin = TWINS.get(model_type) if isinstance(model_type, str) else None
+    return folder.dtype() if twin is None else folder.dtype(but=twin.layout.keeps_float32)
 
 
 def dtype_named(name: object) -> torch.dtype:
@@ -252,13 +254,28 @@ def _require_routers(folder: ModelFolder, config: PreTrainedConfig, layers: Laye
             raise ModelError(f"{folder.path}: {name} {what}, where config.json calls for {list(wanted)}")
 
 
-def _unneeded(folder: ModelFolder, model: PreTrainedModel, on_disk: Callable[[str], str]) -> list[str]:
-    """Tensors that may be in a folder, and that the model does not read: what is computed, and what is tied.
+def _ignored(folder: ModelFolder, model: PreTrainedModel, twin: Twin | None, *, expected: Collection[str]) -> list[str]:
+    """Tensors of a folder that no part of the model is: what is computed, and what its class ignores.
 
-    Raises `ModelError` if what is tied differs.
+    Warns of what the folder's architecture can use and we do not carry along.
     """
     patterns = (*RECOMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))
-    found = [name for name in folder.tensors if any(re.search(pattern, name) for pattern in patterns)]
+    others = [name for name in folder.tensors if name not in expected]
+    unread = [name for name in others if twin is not None and twin.unread(name, folder.config, model.config)]
+    if unread:
+        warnings.warn(
+            f"{folder.path}: {len(unread)} tensors of layers that predict later tokens ({unread[0]}, ...) are left out",
+            stacklevel=3,
+        )
+    return unread + [name for name in others if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _repeated(folder: ModelFolder, model: PreTrainedModel, on_disk: Callable[[str], str]) -> list[str]:
+    """Names of what is tied to another tensor, and may be in a folder or not.
+
+    Raises `ModelError` if it differs.
+    """
+    found = []
     first = {id(parameter): on_disk(name) for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         original, repeated = first[id(parameter)], on_disk(name)

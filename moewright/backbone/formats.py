@@ -84,22 +84,21 @@ def read_sparse(
 ) -> tuple[Twin | None, PreTrainedConfig, dict[int, MoEConfig]]:
     """The inverse of `sparse_fields`: twin, backbone config and layers from a sparse config.json.
 
-    `record` is the folder's moewright.json: the family that it names is the backbone, without one the twin's first.
+    `record` is the folder's moewright.json: the family that it names is the backbone, without one the twin says which.
     `tied` says whether input and output embeddings are one parameter. Raises `ModelError`.
     """
     if fields["model_type"] == OWN:
         return _read_own(fields)
-    twin = TWINS[fields["model_type"]]
-    backbone = record.get("backbone") or twin.backbones[0]
+    twin = TWINS[fields["model_type"]].variant(fields)
+    backbone = record.get("backbone") or twin.backbone(fields)
     if backbone not in twin.backbones:
         raise ModelError(
             f"moewright.json names the backbone {backbone!r}, but {twin.model_type} stands for "
-            f"{' or '.join(twin.backbones)}; without moewright.json the first is assumed"
+            f"{' or '.join(twin.backbones)}; without moewright.json config.json alone decides"
         )
-    changes = {"model_type": backbone, "tie_word_embeddings": tied} | twin.backbone_fields(fields)
+    changes = {"model_type": backbone, "tie_word_embeddings": tied} | twin.backbone_fields(fields, backbone=backbone)
     config = backbone_config(dict(fields) | changes)
-    shared = record.get("shared_expert")
-    return twin, config, twin.layers(fields, config, shared=shared if isinstance(shared, str) else None)
+    return twin, config, twin.layers(fields, config, record=record)
 
 
 def _grouped(layers: Layers) -> list[dict[str, Any]]:
@@ -153,7 +152,7 @@ def settings_from(values: Mapping[str, Any]) -> MoEConfig:
 def says_tied(fields: Mapping[str, Any]) -> bool:
     """Whether a sparse config.json ties its embeddings; where it does not say so, what its class takes for granted."""
     if fields["model_type"] == OWN:
-        return False  # the backbone's own config says it
+        return True  # unless the backbone's own config says otherwise
     default = CONFIG_MAPPING[fields["model_type"]]().tie_word_embeddings
     return bool(fields.get("tie_word_embeddings", default))
 

@@ -42,6 +42,9 @@ PARTS: Final = {
 """The parameters and buffers that a MoELayer may have, and of which parts their rows consist (experts': each expert's
 rows). A part is what a dense model, too, would have as one tensor; the switch is what gates the shared expert."""
 
+FLOAT32: Final = ("router.bias", "balance_coefficient")
+"""Those that are float32 whatever the model's dtype, in memory and on disk."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -104,6 +107,11 @@ class Layout:
     unties: bool = True
     """Whether a tied output embedding is written out, as some runtimes demand."""
 
+    def keeps_float32(self, name: str) -> bool:
+        """Whether a tensor on disk is float32 whatever the dtype of the folder."""
+        ends = tuple(self.parts[part].removeprefix("{layer}") for part in FLOAT32 if part in self.parts)
+        return name.endswith(ends)
+
     def renamed(self, name: str) -> str:
         """The name on disk of a tensor that is not of a MoELayer, or of a layer's path."""
         for pattern, replacement in self.renames:
@@ -153,10 +161,13 @@ def _own(name: str, tensor: Tensor, place: Place, moe: MoELayer, *, layer: int) 
     """A tensor of a MoELayer as our own type holds it."""
     inside = name.removeprefix(f"{moe_path(place)}.")
     on_disk = own_name(place, inside)
-    # Kept in float32 whatever the model's dtype, as the layer does.
-    dtype = torch.float32 if inside in ("router.bias", "balance_coefficient") else None
     pieces = _pieces(inside, moe, layer=layer)
-    return Slot(name=on_disk, shape=tuple(tensor.shape), target=name, pieces=pieces, dtype=dtype)
+    return Slot(name=on_disk, shape=tuple(tensor.shape), target=name, pieces=pieces, dtype=_dtype(inside))
+
+
+def _dtype(inside: str) -> torch.dtype | None:
+    """The dtype on disk of a tensor of a MoELayer, where it is not that of the folder."""
+    return torch.float32 if inside in FLOAT32 else None
 
 
 def _pieces(inside: str, moe: MoELayer, *, layer: int) -> tuple[Piece, ...]:
@@ -172,8 +183,8 @@ def _named(moe: MoELayer, layout: Layout, *, place: Place, layer: int) -> list[S
     for inside, template in layout.parts.items():
         if inside in whole:
             target, pieces = f"{moe_path(place)}.{inside}", _pieces(inside, moe, layer=layer)
-            name = template.format(layer=path)
-            found.append(Slot(name=name, shape=tuple(whole[inside].shape), target=target, pieces=pieces))
+            name, shape = template.format(layer=path), tuple(whole[inside].shape)
+            found.append(Slot(name=name, shape=shape, target=target, pieces=pieces, dtype=_dtype(inside)))
     single = {part: template for part, template in layout.parts.items() if part not in PARTS}
     held = {part for inside in whole if inside in PARTS for part in PARTS[inside]}
     for expert in range(moe.config.num_experts):

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moewright.backbone.family import family_of
-from moewright.backbone.layout import Layout
+from moewright.backbone.layout import Layout, Slot
+from moewright.backbone.skeleton import embedding_of, has_tied_head
 from moewright.backbone.twin import Layers, Twin, number
 from moewright.errors import ModelError
 
@@ -86,7 +87,7 @@ class Nllb(EncoderDecoder):
             "router_dtype": "float32",
         }
 
-    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+    def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
         self.refuse_router_bias(fields)
         policy = fields.get("second_expert_policy", "all")
         if policy != "all":
@@ -106,7 +107,11 @@ class Nllb(EncoderDecoder):
 
 @dataclass(frozen=True, kw_only=True)
 class Switch(EncoderDecoder):
-    """Switch Transformers (arXiv 2101.03961)."""
+    """Switch Transformers (arXiv 2101.03961).
+
+    Its decoder's output is scaled where `tie_word_embeddings` is true, T5's where it was in the config file: where T5
+    says `scale_decoder_outputs`.
+    """
 
     def is_sparse(self, index: int, step: int) -> bool:
         return step == 1 or (step > 1 and index % step == 1)
@@ -115,8 +120,6 @@ class Switch(EncoderDecoder):
         moe = next(iter(layers.values()))
         if moe.top_k != 1 or moe.router_order != "softmax-topk":
             return "it routes each token to one expert, weighted with its share of the softmax"
-        if not config.scale_decoder_outputs:
-            return "it scales the decoder's output, and this model (T5 1.1) does not"
         if reason := super().refuses_layers(config, layers):
             return reason
         for stack in family_of(config).stacks:
@@ -137,9 +140,10 @@ class Switch(EncoderDecoder):
             assert step, "refuses_layers has seen to that"
             found[f"{stack.name}_sparse_step"] = step
             found[f"num_sparse_{stack.name}_layers"] = self._count(getattr(config, stack.count), step)
+        found["tie_word_embeddings"] = config.scale_decoder_outputs
         return found | {"router_dtype": "float32", "dense_act_fn": family_of(config).activation_of(config)}
 
-    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
+    def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
         self.refuse_router_bias(fields)
         capacity = number(fields, "expert_capacity", default=64, what=self.model_type)
         if capacity < LONGEST:
@@ -160,8 +164,21 @@ class Switch(EncoderDecoder):
             counts[f"{stack.name}_sparse_step"] = layers // sparse if sparse else layers
         return super().steps(counts | dict(fields), config)
 
-    def backbone_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        return {"feed_forward_proj": fields.get("dense_act_fn", "relu")}
+    def backbone_fields(self, fields: Mapping[str, Any], *, backbone: str) -> dict[str, Any]:
+        return {
+            "feed_forward_proj": fields.get("dense_act_fn", "relu"),
+            "tie_word_embeddings": fields.get("tie_word_embeddings", True),
+        }
+
+    def slots(self, model: PreTrainedModel) -> list[Slot]:
+        found, family = super().slots(model), family_of(model.config)
+        if model.config.scale_decoder_outputs:
+            return found
+        # Untied, it has four tables, and reads the input from those of encoder and decoder.
+        names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
+        names += [family.head] if has_tied_head(model) else []
+        shape = tuple(embedding_of(model).shape)
+        return found + [Slot(name=name, shape=shape, target=family.embedding, tied=True) for name in names]
 
 
 SEQ2SEQ: Final[tuple[Twin, ...]] = (

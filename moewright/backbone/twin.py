@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moewright.backbone.family import family_of
 from moewright.backbone.layout import Layout, Slot, slots
-from moewright.errors import ModelError
+from moewright.errors import ModelError, UsageError
 from moewright.moe.config import TRAINING_FIELDS, MoEConfig
 
 NOT_WRITTEN: Final = {
@@ -73,22 +73,34 @@ class Twin:
         """Config fields that are its alone."""
         raise NotImplementedError
 
-    def own_settings(self, fields: Mapping[str, Any], *, shared: str | None) -> dict[str, Any]:
-        """What the fields say of a layer beyond its sizes; `shared` is what the folder's record says of its shared
-        expert. Raises `ModelError` for what we cannot compute."""
+    def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
+        """What the fields, and the folder's moewright.json, say of a layer beyond its sizes. Raises `ModelError` for
+        what we cannot compute."""
         raise NotImplementedError
 
     def sparse_layers(self, fields: Mapping[str, Any], config: PreTrainedConfig) -> list[int]:
         """Which layers are sparse."""
         raise NotImplementedError
 
-    def backbone_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+    def variant(self, fields: Mapping[str, Any]) -> "Twin":
+        """The twin as which a folder with this config.json is read, where not all have the same tensors."""
+        return self
+
+    def backbone(self, fields: Mapping[str, Any]) -> str:
+        """The family that a folder is read as if moewright.json does not say which; `ModelError` if none is it."""
+        return self.backbones[0]
+
+    def backbone_fields(self, fields: Mapping[str, Any], *, backbone: str) -> dict[str, Any]:
         """Fields that mean another thing in the backbone's config."""
         return {}
 
-    def shared_record(self, moe: MoEConfig) -> str | None:
-        """What the folder's record must say of a layer's shared expert for it to be read back."""
-        return None
+    def unread(self, name: str, fields: Mapping[str, Any], config: PreTrainedConfig) -> bool:
+        """Whether a folder may have a tensor of this name that is no part of the model as we read it."""
+        return False
+
+    def record(self, moe: MoEConfig) -> dict[str, Any]:
+        """What moewright.json must say of the layers for `own_settings` to give them back."""
+        return {}
 
     def slots(self, model: PreTrainedModel) -> list[Slot]:
         """Every tensor of the folder."""
@@ -112,7 +124,11 @@ class Twin:
             # None and the order it stands for are one.
             if field.name not in held and value != field.default:
                 return f"it has no {field.name}={value}"
-        if first.activation != (wanted := family_of(config).activation_of(config)):
+        family = family_of(config)
+        form = (family.form_of(config).gated, family.biased(config))
+        if len(layers) < len(family.places(config)) and form != (self.gated, self.biased):
+            return "its dense layers have another form (a gate, biases)"
+        if first.activation != (wanted := family.activation_of(config)):
             return f"its experts' activation {first.activation} is not the model's {wanted}"
         return self.refuses_layers(config, layers)
 
@@ -136,7 +152,7 @@ class Twin:
         return readable_by_all(found, dtype)
 
     def layers(
-        self, fields: Mapping[str, Any], config: PreTrainedConfig, *, shared: str | None
+        self, fields: Mapping[str, Any], config: PreTrainedConfig, *, record: Mapping[str, Any]
     ) -> dict[int, MoEConfig]:
         """The sparse layers that a config.json describes; `config` is the backbone's. Raises `ModelError`."""
         numbers = {
@@ -148,16 +164,20 @@ class Twin:
         if not sparse:
             raise ModelError(f"config.json of type {self.model_type}: none of its layers is sparse")
         family = family_of(config)
-        moe = MoEConfig(
-            hidden_size=config.hidden_size,
-            expert_size=numbers["size"],
-            num_experts=numbers["experts"],
-            top_k=numbers["top_k"],
-            activation=family.activation_of(config),
-            gated=self.gated,
-            expert_bias=self.biased,
-            **self.own_settings(fields, shared=shared),
-        )
+        settings = self.own_settings(fields, record=record)
+        try:
+            moe = MoEConfig(
+                hidden_size=config.hidden_size,
+                expert_size=numbers["size"],
+                num_experts=numbers["experts"],
+                top_k=numbers["top_k"],
+                activation=family.activation_of(config),
+                gated=self.gated,
+                expert_bias=self.biased,
+                **settings,
+            )
+        except UsageError as error:
+            raise ModelError(f"config.json of type {self.model_type}: its sparse layers cannot be: {error}") from error
         found = dict.fromkeys(sparse, moe)
         if reason := self.refuses(config, found):
             raise ModelError(
@@ -169,11 +189,11 @@ class Twin:
         return whole_number(fields, *names, what=self.model_type)
 
 
-def whole_number(fields: Mapping[str, Any], *names: str, what: str, default: int | None = None) -> int:
-    """The first of these fields that is there, a whole number above 0; `ModelError` if it is something else."""
+def whole_number(fields: Mapping[str, Any], *names: str, what: str, default: int | None = None, least: int = 1) -> int:
+    """The first of these fields that is there, a whole number from `least` on; `ModelError` for something else."""
     name = next((name for name in names if name in fields), names[0])
     value = fields.get(name, default)
-    if type(value) is not int or value < 1:
+    if type(value) is not int or value < least:
         raise ModelError(f"config.json of type {what}: {name}={value!r}, where a whole number is expected")
     return value
 
@@ -184,6 +204,20 @@ def number(fields: Mapping[str, Any], name: str, *, default: float, what: str) -
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
         raise ModelError(f"config.json of type {what}: {name}={value!r}, where a number is expected")
     return float(value)
+
+
+def head_size(config: PreTrainedConfig) -> int:
+    """Width of an attention head."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def slides(config: PreTrainedConfig) -> list[bool]:
+    """Of each layer of a decoder, whether it sees no further back than `sliding_window` tokens."""
+    if config.model_type == "mistral":  # which has no layer_types
+        return [config.sliding_window is not None] * config.num_hidden_layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [kind == "sliding_attention" for kind in types]
 
 
 def written(config: PreTrainedConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class ModelFolder:
         self.allow_nonfinite = allow_nonfinite
         self._hashing: threading.Thread | None = None
         self._fingerprint: str | None = None
+        self._told_of_dtypes = False
         with reading(self.path):
             _require_content(self.path)
             self.config = _read_config(self.path)
@@ -101,20 +102,21 @@ class ModelFolder:
                 )
         return tensor
 
-    def dtype(self) -> torch.dtype:
-        """The dtype of the floating tensors; if they differ, the narrowest that holds all, with a UserWarning once."""
-        return self._dtype
+    def dtype(self, *, but: Callable[[str], bool] = lambda name: False) -> torch.dtype:
+        """The dtype of the floating tensors; if they differ, the narrowest that holds all, with a UserWarning once.
 
-    @functools.cached_property
-    def _dtype(self) -> torch.dtype:
-        found = sorted({info.dtype for info in self.tensors.values() if info.dtype.is_floating_point}, key=str)
+        Tensors for whose names `but` is true do not count.
+        """
+        floating = (info for info in self.tensors.values() if info.dtype.is_floating_point)
+        found = sorted({info.dtype for info in floating if not but(info.name)}, key=str)
         if not found:
             raise ModelError(f"{self.path}: no floating-point weights")
         widest = functools.reduce(torch.promote_types, found)
-        if len(found) > 1:
+        if len(found) > 1 and not self._told_of_dtypes:
             names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
             chosen = str(widest).removeprefix("torch.")
-            warnings.warn(f"{self.path}: weights of mixed dtypes {names}; {chosen} is used for all", stacklevel=4)
+            warnings.warn(f"{self.path}: weights of mixed dtypes {names}; {chosen} is used for all", stacklevel=2)
+            self._told_of_dtypes = True
         return widest
 
     def parameter_count(self) -> int:

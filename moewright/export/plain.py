@@ -134,6 +134,8 @@ def probe_settings(folder: str, config: Any, ids: Tensor, mask: Tensor) -> list[
         changes["num_experts_per_tok"] = top_k - 1
     if flag is not None and top_k is not None and top_k > 1:
         changes["norm_topk_prob"] = not flag
+    if (scale := getattr(small, "routed_scaling_factor", None)) is not None:
+        changes["routed_scaling_factor"] = 2 * scale
     rope = getattr(small, "rope_parameters", None)
     if isinstance(rope, dict) and "rope_theta" in rope:
         changes["rope_parameters"] = rope | {"rope_theta": rope["rope_theta"] * 4}

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.decoder_twins import head_size
 from moewright.backbone.folder import Form
 from moewright.backbone.graft import moe_layers
+from moewright.backbone.twin import head_size, slides
 from moewright.moe.config import MoEConfig
 
 VLLM, SGLANG, LLAMA_CPP = "vLLM 0.33", "SGLang 0.5.23", "llama.cpp"
@@ -87,11 +87,20 @@ def _sglang_olmoe(config: PreTrainedConfig, moe: MoEConfig) -> Reason:
     return _olmoe(config, moe)
 
 
+def _glm(config: PreTrainedConfig, moe: MoEConfig) -> Reason:
+    return None if config.hidden_act == "silu" else f"it knows no activation but silu, and this is {config.hidden_act}"
+
+
+def _llama_cpp_glm(config: PreTrainedConfig, moe: MoEConfig) -> Reason:
+    return "it chooses among all experts, whatever their groups" if moe.num_groups > 1 else _glm(config, moe)
+
+
 _NO_SEQ2SEQ: Final = dict.fromkeys((VLLM, SGLANG, LLAMA_CPP), _never("it has no such encoder-decoder"))
 JUDGES: Final[dict[str, dict[str, Judge]]] = {
     "mixtral": {VLLM: _always, SGLANG: _sglang_mixtral, LLAMA_CPP: _always},
     "qwen2_moe": {VLLM: _always, SGLANG: _always, LLAMA_CPP: _llama_cpp_qwen2},
     "qwen3_moe": {VLLM: _always, SGLANG: _always, LLAMA_CPP: _llama_cpp_qwen3},
+    "glm4_moe": {VLLM: _glm, SGLANG: _glm, LLAMA_CPP: _llama_cpp_glm},
     "olmoe": {VLLM: _olmoe, SGLANG: _sglang_olmoe, LLAMA_CPP: _renormalises},
     "flex_olmo": {VLLM: _always, SGLANG: _never("it has no FlexOlmo"), LLAMA_CPP: _never("it has no FlexOlmo")},
     "granitemoe": {VLLM: _always, SGLANG: lambda config, moe: _theta(config)},
@@ -108,6 +117,9 @@ def runtimes(form: Form, model: PreTrainedModel) -> list[Runtime]:
     found = []
     for runtime in (VLLM, SGLANG, LLAMA_CPP):
         judge = JUDGES[form.name(model)].get(runtime)
+        if form.name(model) in ("qwen2_moe", "qwen3_moe") and any(slides(model.config)):
+            found.append(Runtime(runtime, "unknown", "what it does with the sliding window was not read", "none"))
+            continue
         if judge is None:
             found.append(Runtime(runtime, "unknown", "its converter was not read", "none"))
             continue

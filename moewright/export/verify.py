@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from moewright.backbone.folder import Form
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.skeleton import longest_text
 from moewright.errors import ModelError
-from moewright.moe.router import Routing
+from moewright.moe.router import Router, Routing, selection_values
 
 TOLERANCE: Final = 1e-5
 """Largest difference of logits in float32, relative to the largest logit."""
@@ -74,13 +74,21 @@ class Proof:
         return asdict(self)
 
 
+class Choice(NamedTuple):
+    """What tokens chose in one layer."""
+
+    values_TE: Tensor
+    """What the chosen experts are the largest of: logits, or scores with a bias and within groups."""
+    experts_TK: Tensor
+
+
 @dataclass(frozen=True)
 class Reference:
     """What our model says of the cases."""
 
     cases: dict[str, Tensor]
     logits: dict[str, Tensor]
-    routings: dict[str, list[Routing]]
+    choices: dict[str, list[Choice]]
     """By case, for each sparse layer."""
     greedy: Tensor
 
@@ -89,19 +97,19 @@ class Reference:
         """Ask a float32 model on random tokens."""
         assert model.dtype == torch.float32, "what is rounded in between would differ for other reasons"
         cases = _cases(model, seed=seed)
-        logits, routings = {}, {}
+        logits, choices = {}, {}
         with torch.no_grad():
             for name in _names(cases):
-                with _routings(model) as found:
+                with _choices(model) as found:
                     logits[name] = _forward(model, cases[f"ids/{name}"], cases[f"mask/{name}"])
-                routings[name] = found
+                choices[name] = found
             longest = max(_names(cases), key=lambda name: int(cases[f"mask/{name}"].sum()))
             ids = cases[f"ids/{longest}"][:1]
             settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
             greedy: Any = model.generate(  # type: ignore[operator]
                 ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings
             )
-        return cls(cases, logits, routings, greedy)
+        return cls(cases, logits, choices, greedy)
 
 
 def prove(folder: Path, reference: Reference, *, form: Form, model: PreTrainedModel) -> Proof:
@@ -186,11 +194,13 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @contextmanager
-def _routings(model: PreTrainedModel) -> Iterator[list[Routing]]:
-    found: list[Routing] = []
+def _choices(model: PreTrainedModel) -> Iterator[list[Choice]]:
+    found: list[Choice] = []
 
-    def collect(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        found.append(routing)
+    def collect(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
+        assert isinstance(router, Router)
+        values_TE = selection_values(routing.logits_TE, routing.scores_TE, args[1], bias_E=router.bias)
+        found.append(Choice(values_TE, routing.experts_TK))
 
     handles = [moe.router.register_forward_hook(collect) for moe in moe_layers(model).values()]
     try:
@@ -209,12 +219,12 @@ def _difference(found: Tensor, reference: Reference, name: str) -> float:
 def _other_choices(found: dict[str, Tensor], reference: Reference, name: str) -> int:
     real = reference.cases[f"mask/{name}"].flatten().bool()
     count = 0
-    for number, routing in enumerate(reference.routings[name]):
-        theirs_TE, logits_TE = found[f"chosen/{name}/{number}"], routing.logits_TE
-        ours_TE = torch.zeros_like(theirs_TE).scatter(1, routing.experts_TK, True)
+    for number, (values_TE, experts_TK) in enumerate(reference.choices[name]):
+        theirs_TE = found[f"chosen/{name}/{number}"]
+        ours_TE = torch.zeros_like(theirs_TE).scatter(1, experts_TK, True)
         # The worst of what is chosen against the best that is not: nearer than a tie, either may be taken.
-        worst_T = logits_TE.masked_fill(~ours_TE, torch.inf).amin(dim=1)
-        best_T = logits_TE.masked_fill(ours_TE, -torch.inf).amax(dim=1)
-        tied_T = worst_T - best_T <= TIE * logits_TE.abs().amax()
+        worst_T = values_TE.masked_fill(~ours_TE, torch.inf).amin(dim=1)
+        best_T = values_TE.masked_fill(ours_TE, -torch.inf).amax(dim=1)
+        tied_T = worst_T - best_T <= TIE * values_TE[values_TE.isfinite()].abs().amax()
         count += int(((ours_TE != theirs_TE).any(dim=1) & ~tied_T & real).sum())
     return count

@@ -78,12 +78,15 @@ def _choose(logits_TE: Tensor, scores_TE: Tensor, config: MoEConfig, *, bias_E: 
     if noisy and config.logit_noise:
         logits_TE = logits_TE + config.logit_noise * _noise_like(logits_TE, config.noise)
         scores_TE = _scores(logits_TE, config)
+    return selection_values(logits_TE, scores_TE, config, bias_E=bias_E).topk(config.top_k, dim=-1).indices
+
+
+def selection_values(logits_TE: Tensor, scores_TE: Tensor, config: MoEConfig, *, bias_E: Tensor | None) -> Tensor:
+    """(T, E): what a token's experts are the largest of; minus infinity where it may not choose."""
     if bias_E is None and config.num_groups == 1:
-        return logits_TE.topk(config.top_k, dim=-1).indices  # logits tie less than scores do
+        return logits_TE  # they tie less than scores do
     values_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if config.num_groups > 1:
-        values_TE = _within_best_groups(values_TE, config)
-    return values_TE.topk(config.top_k, dim=-1).indices
+    return values_TE if config.num_groups == 1 else _within_best_groups(values_TE, config)
 
 
 def _noise_like(logits_TE: Tensor, kind: str) -> Tensor:
