@@ -8,19 +8,16 @@ library (the first 512 tokens).
 """
 
 import argparse
-import json
 import math
-import platform
 import sys
 import tempfile
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-import transformers
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
-from moewright.backbone.folder import fill, load_model
+from experiments.page import arguments, circumstances, renew, save
+from moewright.backbone.folder import Form, fill, load_model
 from moewright.demo.model import write_smollm2
 from moewright.evaluate.perplexity import tokenise
 from moewright.upcycle.grow import as_facts, plan_growth
@@ -59,7 +56,7 @@ def measure() -> dict[str, object]:
 
         def row(settings: dict[str, object]) -> dict[str, object]:
             plan = plan_growth(source, GrowConfig(**settings))
-            fill(plan.model, None, lambda slot: plan.tensor(slot.name))
+            fill(plan.model, Form(), lambda slot: plan.tensor(slot.name))
             found = {
                 "settings": asdict(plan.config),
                 "heads": plan.sizes.heads,
@@ -70,6 +67,7 @@ def measure() -> dict[str, object]:
             return found
 
         return {
+            "made": circumstances(),
             "vocabulary": vocabulary,
             "width": [row(settings) for settings in WIDTH],
             "depth": [row(settings) for settings in DEPTH],
@@ -77,7 +75,7 @@ def measure() -> dict[str, object]:
 
 
 def tables(result: dict[str, object]) -> dict[str, str]:
-    """The tables of the page, in Markdown, by name."""
+    """The tables of the page, in Markdown, by the name of their place."""
     columns = {
         "D": lambda r: r["settings"]["hidden_size"],
         "F": lambda r: r["settings"]["intermediate_size"],
@@ -101,44 +99,21 @@ def tables(result: dict[str, object]) -> dict[str, str]:
 
     made, first = result["made"], result["width"][0]
     return {
-        "circumstances": (
+        "grow circumstances": (
             f"SmolLM2-135M-Instruct (D 576, F 1536, 9 heads in 3 groups, 30 layers, tied embeddings) in float32, "
             f"{first['tokens']} tokens of `argparse.py`; its perplexity is {first['source_perplexity']:.3f}, that of "
             f"a uniform guess {result['vocabulary']}. "
             f"{made['versions']}, {made['machine']}, {made['date']}."
         ),
-        "width": table(result["width"], "D", "F", "heads", "width", "neurons", *measured),
-        "depth": table(result["depth"], "D", "layers", "width", "depth", *measured),
+        "grow width": table(result["width"], "D", "F", "heads", "width", "neurons", *measured),
+        "grow depth": table(result["depth"], "D", "layers", "width", "depth", *measured),
     }
 
 
-def renew(page: str, result: dict[str, object]) -> str:
-    """The page with each part between `<!-- grow NAME -->` and `<!-- end -->` made anew."""
-    for name, text in tables(result).items():
-        start, end = f"<!-- grow {name} -->", "<!-- end -->"
-        head, found, rest = page.partition(start)
-        if not found:
-            raise SystemExit(f"{PAGE} has no place for the table {name}: put {start} and {end} there")
-        page = f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", action="store_true", help="renew the tables from the results that are there")
-    if not parser.parse_args().tables:
-        versions = (
-            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-        )
-        made = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "versions": versions,
-        }
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps({"made": made} | measure(), indent=1) + "\n", encoding="utf-8")
-    page = renew(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8")))
-    PAGE.write_text(page, encoding="utf-8")
+    if not arguments(__doc__).parse_args().tables:
+        save(RESULT, measure())
+    renew(PAGE, RESULT, tables)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,14 @@ standard library at several rates of the routers; the held-out loss of each, bes
 Needs the demo's model (`make setup` installs it).
 """
 
-import argparse
 import json
-import platform
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-import transformers
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
+from experiments.page import arguments, circumstances, renew, save
 from moewright.data.tokenizer import load_tokenizer
 from moewright.demo.model import write_smollm2
 from moewright.demo.process import run_verb
@@ -27,7 +24,6 @@ from moewright.demo.text import write_split
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "router_rate.json"
 PAGE = HERE.parent / "docs" / "training.md"
-START, END = "<!-- router_rate -->", "<!-- end -->"
 RATIOS = (1.0, 0.1, 0.01)
 RUN = """\
 model = {model}
@@ -51,7 +47,7 @@ eval_every = 4
 UPCYCLE = "[upcycle]\nexperts = 16\ngranularity = 4\ntop_k = 4\n"
 
 
-def measure() -> list[dict[str, object]]:
+def measure() -> dict[str, object]:
     """One row for each rate, and one for the dense model."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -79,38 +75,26 @@ def measure() -> list[dict[str, object]]:
             losses = {record["step"]: record["loss"] for record in run_verb("train", str(path)).facts["evaluations"]}
             rows.append({"ratio": ratio, "losses": losses})
             sys.stderr.write(f"{rows[-1]}\n")
-    return rows
+    return {"made": circumstances(), "rows": rows}
 
 
-def table(result: dict[str, object]) -> str:
-    """The rows in Markdown, and how they were made."""
+def tables(result: dict[str, object]) -> dict[str, str]:
+    """The table of the page, in Markdown, by the name of its place: the rows, and how they were made."""
     steps = list(result["rows"][0]["losses"])
     lines = ["| routers' rate | " + " | ".join(f"step {step}" for step in steps) + " |"]
     lines.append("|---|" + " ---: |" * len(steps))
     for row in result["rows"]:
         name = "dense model" if row["ratio"] is None else f"{row['ratio']:g}"
         lines.append(f"| {name} | " + " | ".join(f"{loss:.4f}" for loss in row["losses"].values()) + " |")
-    return "\n".join(lines) + f"\n\nHeld-out loss, nats a token. {result['made']}."
-
-
-def renew(page: str, result: dict[str, object]) -> str:
-    """The page with the table between its two marks made anew."""
-    head, _, rest = page.partition(START)
-    return f"{head}{START}\n{table(result)}\n{END}{rest.partition(END)[2]}"
+    made = result["made"]
+    lines += ["", f"Held-out loss, nats a token. {made['versions']}, {made['machine']}, {made['date']}."]
+    return {"router_rate": "\n".join(lines)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", action="store_true", help="renew the table from the results that are there")
-    if not parser.parse_args().tables:
-        made = (
-            f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}, "
-            f"{platform.machine()}, {torch.get_num_threads()} threads, {datetime.now(UTC).date().isoformat()}"
-        )
-        RESULT.parent.mkdir(exist_ok=True)
-        RESULT.write_text(json.dumps({"made": made, "rows": measure()}, indent=1) + "\n", encoding="utf-8")
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    PAGE.write_text(renew(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+    if not arguments(__doc__).parse_args().tables:
+        save(RESULT, measure())
+    renew(PAGE, RESULT, tables)
 
 
 if __name__ == "__main__":

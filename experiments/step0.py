@@ -12,16 +12,16 @@ import argparse
 import configparser
 import json
 import math
-import platform
 import sys
 import tempfile
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-import transformers
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
+
+from experiments.page import arguments, circumstances, renew, save
 from moewright.backbone.folder import fill, load_model
 from moewright.demo.model import write_smollm2
 from moewright.evaluate.perplexity import tokenise
@@ -131,15 +131,8 @@ def measure(*, methods_alone: bool) -> dict[str, object]:
         }
 
 
-def circumstances() -> dict[str, str]:
-    """When, on what and with what it was measured."""
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    machine = f"{platform.machine()}, threads: {torch.get_num_threads()}"
-    return {"date": datetime.now(UTC).date().isoformat(), "machine": machine, "versions": versions}
-
-
 def tables(result: dict[str, object]) -> dict[str, str]:
-    """The tables of the page, in Markdown, by name."""
+    """The tables of the page, in Markdown, by the name of their place."""
     columns = {
         "method": lambda r: r["method"],
         "N": lambda r: r["settings"]["experts"],
@@ -186,41 +179,26 @@ def tables(result: dict[str, object]) -> dict[str, str]:
         f"{rounding['top1_agreement']:.1%}, perplexity {rounding['sparse_perplexity']:.3f}."
     )
     return {
-        "circumstances": measured_on + made("made"),
-        "exact": table(result["exact"], "G", "T", *measured),
-        "topk_first": table(result["topk_first"], "G", "T", "scale", *measured),
-        "softmax_first": table(result["softmax_first"], "G", "T", "scale", "router std", *measured),
-        "methods": table(result["methods"], "method", "N", "G", "T", "order", "scale", *measured)
+        "step0 circumstances": measured_on + made("made"),
+        "step0 exact": table(result["exact"], "G", "T", *measured),
+        "step0 topk_first": table(result["topk_first"], "G", "T", "scale", *measured),
+        "step0 softmax_first": table(result["softmax_first"], "G", "T", "scale", "router std", *measured),
+        "step0 methods": table(result["methods"], "method", "N", "G", "T", "order", "scale", *measured)
         + f"\n\n{made('methods_made')}",
-        "bfloat16": table(result["bfloat16"], "G", "T", *measured[:-1], "broken groups", "perplexity")
+        "step0 bfloat16": table(result["bfloat16"], "G", "T", *measured[:-1], "broken groups", "perplexity")
         + "\n\n"
         + bfloat16,
     }
 
 
-def renew(page: str, result: dict[str, object]) -> str:
-    """The page with each part between `<!-- step0 NAME -->` and `<!-- end -->` made anew."""
-    for name, text in tables(result).items():
-        start, end = f"<!-- step0 {name} -->", "<!-- end -->"
-        head, found, rest = page.partition(start)
-        if not found:
-            raise SystemExit(f"{PAGE} has no place for the table {name}: put {start} and {end} there")
-        page = f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tables", action="store_true", help="renew the tables from the results that are there")
+    parser = arguments(__doc__)
     parser.add_argument("--methods", action="store_true", help="measure the table of methods alone")
     args = parser.parse_args()
     if not args.tables:
         kept = json.loads(RESULT.read_text(encoding="utf-8")) if args.methods else {}
-        RESULT.parent.mkdir(exist_ok=True)
-        result = kept | measure(methods_alone=args.methods)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    page = renew(PAGE.read_text(encoding="utf-8"), json.loads(RESULT.read_text(encoding="utf-8")))
-    PAGE.write_text(page, encoding="utf-8")
+        save(RESULT, kept | measure(methods_alone=args.methods))
+    renew(PAGE, RESULT, tables)
 
 
 if __name__ == "__main__":

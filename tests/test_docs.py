@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from experiments.page import renewed
 from moewright.backbone.family import growing_families
 from moewright.data import config as data
 from moewright.moe.config import MoEConfig
@@ -76,7 +77,7 @@ def test_training_page_lists_every_key():
 def test_upcycling_page_shows_the_results():
     step0 = experiment("step0")
     page, result = step0.PAGE.read_text(encoding="utf-8"), json.loads(step0.RESULT.read_text(encoding="utf-8"))
-    assert step0.renew(page, result) == page, "run python experiments/step0.py --tables"
+    assert renewed(page, step0.tables(result)) == page, "run python experiments/step0.py --tables"
     # What the page claims of `exact` holds for every row that was measured.
     exact = [row for row in result["exact"] + result["methods"] if row["settings"]["scale"] == "exact"]
     assert max(row["relative_logit_difference"] for row in exact) <= 1e-5
@@ -90,13 +91,13 @@ def test_training_page_shows_the_results():
     experiment_ = experiment("router_rate")
     page = TRAINING.read_text(encoding="utf-8")
     result = json.loads(experiment_.RESULT.read_text(encoding="utf-8"))
-    assert experiment_.renew(page, result) == page, "run python experiments/router_rate.py --tables"
+    assert renewed(page, experiment_.tables(result)) == page, "run python experiments/router_rate.py --tables"
 
 
 def test_growing_page_shows_the_results():
     grow = experiment("grow")
     page, result = grow.PAGE.read_text(encoding="utf-8"), json.loads(grow.RESULT.read_text(encoding="utf-8"))
-    assert grow.renew(page, result) == page, "run python experiments/grow.py --tables"
+    assert renewed(page, grow.tables(result)) == page, "run python experiments/grow.py --tables"
     assert [name for name in growing_families() if name not in page] == []
     # What the page claims of width and depth holds for what was measured.
     rows = result["width"] + result["depth"]
