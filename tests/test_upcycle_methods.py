@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
-from moewright.errors import DataError, ModelError, UsageError
+from moewright.errors import CheckpointError, DataError, ModelError, UsageError
 from moewright.evaluate.perplexity import tokenise
 from moewright.train.config import load_run
 from moewright.train.loop import train
@@ -483,6 +484,30 @@ def test_a_run_file_has_every_setting(made, tmp_path):
     record = json.loads((Path(run.out) / "final" / "moewright.json").read_text())["upcycle"]
     assert record["settings"]["redraw"] == 0.25
     assert record["source"]["siblings"] == [ModelFolder(place / "sibling").fingerprint()]
+
+
+def test_a_run_is_told_by_what_upcycling_read_not_by_where_it_lay(tmp_path):
+    write_dense(tmp_path / "sibling", seed=1)
+    text, moved = tmp_path / "text.txt", tmp_path / "moved.txt"
+    text.write_text(TEXT)
+    settings = {"experts": 4, "top_k": 2, "router_order": "softmax-topk"}
+    siblings = (str(tmp_path / "sibling"),)
+    run = make_run(
+        tmp_path,
+        upcycle=UpcycleConfig(**settings, scale="calibrated", calibration_text=str(text), siblings=siblings),
+        steps=2,
+    )
+    finished = train(run)
+    text.rename(moved)
+    again = replace(run, upcycle=replace(run.upcycle, calibration_text=str(moved)))
+    assert train(again).losses == finished.losses
+    moved.write_text(TEXT + "more")
+    with pytest.raises(CheckpointError, match=r"other settings: upcycle\.calibration_text \(other content\);"):
+        train(again)
+    moved.write_text(TEXT)
+    other = replace(again, upcycle=replace(again.upcycle, siblings=(run.model,)))
+    with pytest.raises(CheckpointError, match=r"other settings: upcycle\.siblings \(other content\);"):
+        train(other)
 
 
 # -- refused and ignored --

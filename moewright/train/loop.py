@@ -48,7 +48,7 @@ from moewright.train.metrics import (
 from moewright.train.optim import make_optimizer
 from moewright.train.resume import Position, StopRequest, stop_on_signals
 from moewright.train.schedule import learning_rate
-from moewright.train.start import Start, start, text_digests
+from moewright.train.start import Start, start, text_digests, upcycle_digests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +344,8 @@ class _Run:
 def _require_same_finished(config: RunConfig, folder: Path) -> None:
     """CheckpointError when the run in `folder`, which is finished, is not the one that `config` describes now."""
     found, sources = recorded_run(folder)
-    content = {"model": ModelFolder(config.model).fingerprint(), **text_digests(config.data)}
+    content = {"model": ModelFolder(config.model).fingerprint()} | text_digests(config.data)
+    content |= upcycle_digests(config.upcycle)
     resume.require_same_run(found | sources, resume.identity(config, content=content), where=folder / FINAL)
 
 

@@ -24,7 +24,8 @@ from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError
 from moewright.moe.kernels import kernel_named
 from moewright.train.config import RunConfig, ignored_settings
-from moewright.upcycle.apply import upcycle_model
+from moewright.upcycle.apply import file_digests, upcycle_model
+from moewright.upcycle.config import UpcycleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class Start:
     """What it is evaluated on, if anything."""
     record: dict[str, Any]
     """Where a sparse model comes from, for the `moewright.json` of the trained one."""
-    content: dict[str, str]
-    """sha256 of the model folder and of both sets of rows, by the name of the setting that chose them."""
+    content: dict[str, Any]
+    """sha256 of the model folder, of both sets of rows, and of what upcycling reads, by the setting that chose them."""
     sources: dict[str, str]
     """`text_digests` of the text."""
 
@@ -85,6 +86,7 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
         "model": source.fingerprint(),
         "data.files": rows.fingerprint(),
         "data.eval_files": held_out.fingerprint() if held_out else "",
+        **upcycle_digests(config.upcycle),
     }
     nn.Module.to(model, device)  # in place; transformers wraps its own `to` in a way that type checkers misread
     return Start(model=model.train(), rows=rows, held_out=held_out, record=record, content=content, sources=sources)
@@ -97,6 +99,11 @@ def text_digests(data: DataConfig) -> dict[str, str]:
     """
     held_out = digest(data.eval_files) if data.eval_files else ""
     return {"data.files": digest(data.files), "data.eval_files": held_out}
+
+
+def upcycle_digests(config: UpcycleConfig | None) -> dict[str, Any]:
+    """sha256 of the files that upcycling reads beside the model, by the name of the setting."""
+    return {} if config is None else {f"upcycle.{name}": found for name, found in file_digests(config).items()}
 
 
 def _require_possible(data: DataConfig, source: ModelFolder) -> None:

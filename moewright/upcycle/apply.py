@@ -128,22 +128,28 @@ def _verify(plan: UpcyclePlan, folder: Path, texts: list[Tensor]) -> list[Compar
     return comparisons
 
 
+def file_digests(config: UpcycleConfig) -> dict[str, Any]:
+    """SHA-256 of the files that settings name, by setting: the siblings' folders, prompts, and the calibration text."""
+    found: dict[str, Any] = {}
+    if config.siblings:
+        found["siblings"] = [ModelFolder(path).fingerprint() for path in config.siblings]
+    if config.prompts is not None:
+        found["prompts"] = record_of(Path(config.prompts))["sha256"]
+    if config.calibration_text is not None:
+        found["calibration_text"] = digest([config.calibration_text])
+    return found
+
+
 def provenance(plan: UpcyclePlan, comparisons: list[Comparison]) -> dict[str, Any]:
     """Where a sparse model comes from, for `moewright.json`; the same run says the same bytes."""
     config = plan.config
-    files: dict[str, Any] = {}
-    if siblings := plan.source.folders[1:]:
-        files["siblings"] = [folder.fingerprint() for folder in siblings]
-    if config.prompts is not None:
-        files["prompts"] = record_of(Path(config.prompts))["sha256"]
-    if config.calibration_text is not None:
-        files["calibration_text"] = digest([config.calibration_text])
     return {
         "upcycle": {
             "dtype": str(plan.dtype).removeprefix("torch."),
             "layers": _layers(plan, comparisons),
             "settings": config.settings(),
-            "source": {"model_type": plan.family.model_type, "sha256": plan.folder.fingerprint()} | files,
+            "source": {"model_type": plan.family.model_type, "sha256": plan.folder.fingerprint()}
+            | file_digests(config),
             "verification": [comparison.as_dict() for comparison in comparisons],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }
