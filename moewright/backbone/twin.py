@@ -121,7 +121,6 @@ class Twin:
         held = {*TRAINING_FIELDS, *_ALWAYS_HELD, *self.holds, "gated", "expert_bias"}
         for field in fields(MoEConfig):
             value = getattr(first, field.name)
-            # None and the order it stands for are one.
             if field.name not in held and value != field.default:
                 return f"it has no {field.name}={value}"
         family = family_of(config)

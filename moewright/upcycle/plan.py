@@ -23,6 +23,7 @@ from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import ModelError, UsageError
 from moewright.evaluate.perplexity import tokenise
+from moewright.export.runtimes import foretold
 from moewright.moe.config import MoEConfig
 from moewright.upcycle.calibrate import expected_weight_sums
 from moewright.upcycle.cluster import activation_features, unit_rows
@@ -99,7 +100,8 @@ class UpcyclePlan:
             )
         reads = config.router_start == "prompts"
         observes = texts is not None and config.uses_text()
-        if not (reads or observes):
+        self._measured = reads or observes
+        if not self._measured:
             return
         model = load_model(self.folder.path, dtype=torch.float32)
         if reads:
@@ -253,14 +255,20 @@ class UpcyclePlan:
         return tensor
 
     def _memory_needed(self) -> int:
-        """Bytes held at a time while writing; calibration and verification load a model besides."""
-        first = min(self.layers)
+        """Bytes held at a time: a dense block and two pieces of experts while writing, and the model while measuring.
+
+        A comparison on `--verify-text` loads both models besides.
+        """
+        dense, first = self.source.model, min(self.layers)
         form = self.family.form_of(self.backbone)
         parts = ("gate", "up", "down") if form.gated and not form.fused else ("up", "down")
         names = [self.family.projection(self.backbone, part, first)[0] for part in parts]
-        block = sum(bytes_of(self.source.model.get_parameter(name)) for name in names)
-        largest = max(self._bytes(slot) for slot in self.form.slots(self.model))
-        return max(2 * block * len(self.source.folders), 2 * largest)
+        block = sum(bytes_of(dense.get_parameter(name)) for name in names) * len(self.source.folders)
+        slots = self.form.slots(self.model)
+        piece = max(self._bytes(slot) // len(slot.pieces) for slot in slots if slot.pieces)
+        whole = max(self._bytes(slot) for slot in slots if not slot.pieces)
+        measuring = 4 * parameter_counts(dense).total if self._measured else 0
+        return max(block + 2 * piece, 2 * whole, measuring)
 
     def _bytes(self, slot: Slot) -> int:
         return math.prod(slot.shape) * (slot.dtype or self.dtype).itemsize
@@ -291,6 +299,7 @@ class UpcyclePlan:
             },
             "bytes": sum(self._bytes(slot) for slot in self.form.slots(self.model)),
             "memory_needed": self._memory_needed(),
+            "runtimes": [row.as_dict() for row in foretold(self.form, sparse)],
         }
 
 
