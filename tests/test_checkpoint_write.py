@@ -516,7 +516,7 @@ def test_into_a_folder_that_does_not_exist_or_that_cannot_be(tmp_path: Path) -> 
         write(tmp_path / "file", into=True)
     (tmp_path / "new" / "model-00001-of-00002.safetensors").unlink()
     (tmp_path / "new" / "model-00001-of-00002.safetensors").mkdir()
-    with pytest.raises(ModelError, match="a folder model-00001-of-00002.safetensors is in the way"):
+    with pytest.raises(ModelError, match=r"a folder model-00001-of-00002.* is in the way"):
         write(tmp_path / "new", into=True)
     assert (tmp_path / "new" / "config.json").exists()
     assert not (tmp_path / "new" / ".moewright-tmp").exists()
@@ -537,9 +537,8 @@ def test_a_move_that_fails_is_finished_by_the_next_writer(tmp_path: Path, monkey
             write(out, 2.0, into=True)
     with pytest.raises(ModelError, match="a save into it was interrupted; save into it again"):
         ModelFolder(out)
-    with pytest.raises(KeyError), FolderWriter(out, into=True):
-        assert value_of(out) == 2.0
-        raise KeyError
+    with FolderWriter(out, into=True):
+        pass
     assert value_of(out) == 2.0
 
 
@@ -562,8 +561,8 @@ def test_killed_on_the_way_into_a_folder_it_holds_the_old_the_new_or_is_refused(
             seen.append(None)
             with pytest.raises(ModelError, match="interrupted"):
                 ModelFolder(out)
-            with pytest.raises(KeyError), FolderWriter(out, into=True):
-                raise KeyError
+            with FolderWriter(out, into=True):
+                pass
             assert value_of(out) == 2.0
         write(out, 2.0, into=True)
         assert content(out) == expected

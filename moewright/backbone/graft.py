@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.family import Place, family_of
-from moewright.errors import ModelError
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer
 
 HOOKS = "_moewright_hooks"
-"""Where a grafted model keeps the handles of its pre-hooks."""
+"""Where a grafted model keeps the handles of its hooks."""
 
 
 def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, nn.Module]:
@@ -127,13 +127,15 @@ def _put(model: PreTrainedModel, place: Place, moe: MoELayer) -> nn.Module:
 
 
 def _listen(model: PreTrainedModel) -> None:
-    """Install the hooks that take the mask along."""
+    """Install the hooks that take the mask along, and those by which transformers saves and loads the model."""
     if HOOKS in model.__dict__:
         return
     # On the models inside, which wrappers and generation call too, and which get every mask by keyword.
     inner = (model.get_encoder(), model.get_decoder()) if family_of(model.config).seq2seq else (model.base_model,)
-    model.__dict__[HOOKS] = [module.register_forward_pre_hook(_record_token_mask, with_kwargs=True) for module in inner]
-    model.__dict__["save_pretrained"] = _refuse_to_save
+    hooks = [module.register_forward_pre_hook(_record_token_mask, with_kwargs=True) for module in inner]
+    model.__dict__[HOOKS] = [*hooks, model.register_load_state_dict_pre_hook(_read_names_on_disk)]
+    # Not a bound method, whose pickle would come back as the method of the class.
+    model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
 
 
 def _context_in(module: nn.Module) -> RoutingContext | None:
@@ -161,9 +163,16 @@ def _record_token_mask(
     return args, kwargs
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """In place of `save_pretrained`, which would write grafted layers under the dense architecture's name."""
-    raise ModelError(
-        "save_pretrained of a model with MoE layers would write a folder that nothing loads; "
-        "use moewright.backbone.folder.save_model"
-    )
+def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """In place of the method, which would write grafted layers under the dense architecture's name."""
+    from moewright.backbone.pretrained import save_pretrained  # which grafts
+
+    save_pretrained(model, *args, **kwargs)
+
+
+def _read_names_on_disk(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Pre-hook of `load_state_dict`, with which others load what `save_pretrained` wrote."""
+    from moewright.backbone.pretrained import take_names_on_disk
+
+    assert isinstance(model, PreTrainedModel)
+    take_names_on_disk(model, state_dict, prefix, *rest)

@@ -54,6 +54,7 @@ COMPANIONS = (
 )
 
 
+SHARD_BYTES = 5 * 10**9
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -124,7 +125,7 @@ class FolderWriter:
         self,
         tensors: Mapping[str, LazyTensor],
         *,
-        max_shard_bytes: int = 5 * 10**9,
+        max_shard_bytes: int = SHARD_BYTES,
         on_tensor: Callable[[str, int], None] | None = None,
     ) -> None:
         """Write the weights, in the order of the mapping, one tensor in memory at a time.
