@@ -11,14 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 
 from moewright.backbone import graft as grafting
 from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.graft import graft, ungraft
+from moewright.backbone.graft import graft, moe_layers, ungraft
 from moewright.backbone.skeleton import has_tied_head
 from moewright.errors import ModelError, UsageError
 from tests.models import FAMILIES, logits_of, plain_transformers, relative, tiny_model, write_dense
@@ -199,6 +201,26 @@ def test_copies_save_themselves(tmp_path):
     assert not other.lm_head.weight.any()
     other.load_state_dict(load_file(tmp_path / "1" / "model.safetensors"))
     same_state(other, model)
+
+
+class Louder(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 1.5
+
+
+def test_experts_may_be_computed_as_adapters_do_until_they_are_merged(tmp_path):
+    # PEFT's target_parameters registers a parametrization that adds the product of its two matrices.
+    model, wanted = model_of("mixtral"), model_of("mixtral")
+    with torch.no_grad():
+        moe_layers(wanted)[0].experts.gate_up_proj.mul_(1.5)
+    experts = moe_layers(model)[0].experts
+    parametrize.register_parametrization(experts, "gate_up_proj", Louder())
+    assert torch.equal(logits_of(model, INPUT), logits_of(wanted, INPUT))
+    with pytest.raises(ModelError, match="merge or take out what was added"):
+        model.save_pretrained(tmp_path / "out")
+    parametrize.remove_parametrizations(experts, "gate_up_proj")
+    model.save_pretrained(tmp_path / "out")
+    same_state(load_model(tmp_path / "out"), wanted)
 
 
 # Loading by the names on disk
