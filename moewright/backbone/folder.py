@@ -80,13 +80,17 @@ def form_of(model: PreTrainedModel, *, wanted: str | None = None) -> Form:
     return Form(twin=choose_format(model.config, layers, wanted=wanted))
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, fields: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Load a dense or a sparse folder on CPU, in evaluation mode, in its own dtype or the given one.
 
-    Tensors are read one at a time into place. Raises `ModelError` before anything is allocated if
-    names or shapes disagree with the config.
+    With `fields` they stand in place of those of its config.json. Tensors are read one at a time into place. Raises
+    `ModelError` before anything is allocated if names or shapes disagree with the config.
     """
     folder = ModelFolder(path)
+    if fields is not None:
+        folder.config = dict(fields)
     model, form = empty_model_of(folder, dtype=dtype)
     fill(model, form, lambda slot: folder.read(slot.name))
     if (folder.path / GENERATION).is_file():
