@@ -1,9 +1,11 @@
 """What others call on a model with MoELayers: save_pretrained, load_state_dict, and transformers' Trainer with both."""
 
 import copy
+import gc
 import io
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +185,30 @@ def test_an_ungrafted_model_saves_and_loads_as_before(tmp_path):
     hooks = len(model._load_state_dict_pre_hooks)
     ungraft(model, graft(model, {0: moe_of("llama")}))
     assert grafting.HOOKS not in model.__dict__
+    assert type(model).__base__ is type(tiny_model("llama")).__base__
     assert len(model._load_state_dict_pre_hooks) == hooks
     model.save_pretrained(tmp_path / "out")
     assert plain_transformers(tmp_path / "out").config.model_type == "llama"
+
+
+def test_a_grafted_model_is_what_it_was_and_goes_when_nobody_holds_it():
+    model = tiny_model("llama")
+    kind = type(model)
+    taken = graft(model, {0: moe_of("llama")})
+    assert isinstance(model, kind)
+    assert (type(model).__name__, type(model).__module__) == (kind.__name__, kind.__module__)
+    assert type(model) is type(model_of("mixtral"))
+    graft(model, {1: moe_of("llama")})
+    assert type(model).__base__ is kind
+    ungraft(model, taken)
+    assert type(model).__base__ is kind, "one layer is still sparse"
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, taken
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_save_themselves(tmp_path):

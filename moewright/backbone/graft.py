@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def ungraft(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> dict[int
     if not moe_layers(model):
         for handle in model.__dict__.pop(HOOKS):
             handle.remove()
-        del model.__dict__["save_pretrained"]
+        model.__class__ = type(model).__mro__[1]
     return {layer: grafted[layer] for layer in blocks}
 
 
@@ -134,8 +134,8 @@ def _listen(model: PreTrainedModel) -> None:
     inner = (model.get_encoder(), model.get_decoder()) if family_of(model.config).seq2seq else (model.base_model,)
     hooks = [module.register_forward_pre_hook(_record_token_mask, with_kwargs=True) for module in inner]
     model.__dict__[HOOKS] = [*hooks, model.register_load_state_dict_pre_hook(_read_names_on_disk)]
-    # Not a bound method, whose pickle would come back as the method of the class.
-    model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
+    kind: Any = type(model)
+    model.__class__ = _saving(kind)
 
 
 def _context_in(module: nn.Module) -> RoutingContext | None:
@@ -163,11 +163,31 @@ def _record_token_mask(
     return args, kwargs
 
 
-def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    """In place of the method, which would write grafted layers under the dense architecture's name."""
-    from moewright.backbone.pretrained import save_pretrained  # which grafts
+@cache
+def _saving(kind: Any) -> type[PreTrainedModel]:
+    """The class of a grafted model: the same by name and in all it does, but for `save_pretrained`.
 
-    save_pretrained(model, *args, **kwargs)
+    The class's own would write grafted layers under the dense architecture's name. A function kept by the model itself
+    would have to know the model, and such a circle is freed only when the garbage collector comes by.
+    """
+
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        from moewright.backbone.pretrained import save_pretrained  # which grafts
+
+        save_pretrained(self, *args, **kwargs)
+
+    def reduce(self: PreTrainedModel, protocol: object) -> tuple[Any, ...]:
+        return _blank, (kind,), self.__dict__
+
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), named | {"save_pretrained": save_pretrained, "__reduce_ex__": reduce})
+
+
+def _blank(kind: Any) -> PreTrainedModel:
+    """A grafted model of this class before it has got its state: how copies and pickles of one begin."""
+    saving = _saving(kind)
+    model: PreTrainedModel = object.__new__(saving)
+    return model
 
 
 def _read_names_on_disk(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

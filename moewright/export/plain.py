@@ -5,8 +5,9 @@
 CASES has `ids/NAME` and `mask/NAME`, int64 (B, S), for each case, and `keep/NAME`, int64 (S'), for a long text: the
 positions whose logits are wanted. OUT gets `logits/NAME`, float32 (B, S or S', V), and `chosen/NAME/N`, bool
 (B * S, E), for the N-th sparse block in the order of the forward pass; and `greedy`, the tokens that generation
-continues the longest case with that is no long text. One JSON object is printed: class, version, keys that were missing or
-left over, and what two probes found (experts that change tokens they should not, or none; settings without effect).
+continues the longest case with that is no long text. One JSON object is printed: class, version, keys that were
+missing or left over, and what two probes found (experts that change tokens they should not, or none; settings without
+effect).
 """
 
 import copy
