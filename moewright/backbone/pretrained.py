@@ -6,7 +6,6 @@ resumes by the other.
 
 import copy
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +13,7 @@ from typing import Any, Final
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.utils.hub import convert_file_size_to_int
 
 from moewright.backbone.family import family_of
 from moewright.backbone.folder import Form, form_of, write_model
@@ -34,7 +34,6 @@ TAKEN: Final[dict[str, tuple[Any, ...]]] = {
     "token": (True, False, None),  # speaks to the hub alone
 }
 """Arguments of `save_pretrained` that we know, and the values under which they ask for what we do anyway."""
-UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def save_pretrained(
@@ -183,8 +182,11 @@ def _tensor(model: PreTrainedModel, name: str) -> Tensor:
 
 
 def _bytes_of(size: int | str) -> int:
-    """A number of bytes, or one with a decimal unit as in 5GB."""
-    found = re.fullmatch(r"(\d+) ?(|KB|MB|GB|TB)", str(size).upper())
-    if found is None or int(found[1]) == 0:
-        raise UsageError(f"max_shard_size={size!r}: give bytes, or a whole number with KB, MB, GB or TB")
-    return int(found[1]) * UNITS[found[2]]
+    """A number of bytes, or one with a unit as in 5GB or 5GiB."""
+    try:
+        found: int = convert_file_size_to_int(size)
+    except ValueError:
+        found = 0
+    if found <= 0:
+        raise UsageError(f"max_shard_size={size!r}: give a number of bytes, or a whole number with a unit as in 5GB")
+    return found
