@@ -64,9 +64,9 @@ def save_pretrained(
     held = _holding(model, state_dict if state_dict is not None else model.state_dict())
     form = form_of(held)
     with FolderWriter(Path(save_directory), into=True) as writer:
-        write_model(writer, held, form, max_shard_bytes=shard_bytes)
         if model.can_generate():
-            model.generation_config.save_pretrained(writer.path)
+            model.generation_config.save_pretrained(writer.path)  # first, since it refuses senseless settings
+        write_model(writer, held, form, max_shard_bytes=shard_bytes)
         writer.commit(form.record(held))
 
 
