@@ -89,7 +89,7 @@ def test_save_pretrained_writes_what_save_model_writes(tmp_path, kind):
 
 def test_plain_transformers_loads_what_was_saved(tmp_path):
     model = model_of("mixtral")
-    model.save_pretrained(str(tmp_path / "out"), is_main_process=True, safe_serialization=True)
+    model.save_pretrained(str(tmp_path / "out"), is_main_process=True, safe_serialization=True, token="hf_secret")
     assert relative(logits_of(plain_transformers(tmp_path / "out"), INPUT), logits_of(model, INPUT)) < 1e-5
 
 

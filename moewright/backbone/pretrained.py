@@ -31,7 +31,6 @@ TAKEN: Final[dict[str, tuple[Any, ...]]] = {
     "push_to_hub": (False, None),
     "distributed_checkpoint": (False, None),
     "variant": (None,),
-    "token": (True, False, None),  # speaks to the hub alone
 }
 """Arguments of `save_pretrained` that we know, and the values under which they ask for what we do anyway."""
 
@@ -43,13 +42,14 @@ def save_pretrained(
     state_dict: Mapping[str, Tensor] | None = None,
     *,
     max_shard_size: int | str = SHARD_BYTES,
+    token: object = None,
     **others: Any,
 ) -> None:
     """`save_model` under the name and with the arguments of transformers: the first twin that computes the model.
 
     A folder that exists is written into: a model that it holds is replaced, everything else stays. With `state_dict`,
     these values, by the names in memory, are written in place of the model's own; nothing where `is_main_process` is
-    false. The model itself is not changed.
+    false. The model itself is not changed. `token` is for the hub, which nothing is sent to.
 
     Raises `UsageError` for what we do not do (`push_to_hub`, ...), `ModelError` for weights that are not here whole
     (sharded, offloaded) or are others than the model's (adapters), and what `save_model` raises.
