@@ -308,16 +308,6 @@ def test_the_model_inside_hears_of_the_mask_too():
     assert moe_layers(model)[0].stats.tokens_per_expert.sum() == mask.sum() * 2
 
 
-def test_save_pretrained_of_a_grafted_model_is_refused(tmp_path):
-    model = tiny_model("llama")
-    taken = graft(model, {0: moe_config()})
-    with pytest.raises(ModelError, match="save_model"):
-        model.save_pretrained(tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    ungraft(model, taken)
-    model.save_pretrained(tmp_path / "out")
-
-
 def test_generation_settings_come_along(tmp_path):
     folder = write_dense(tmp_path / "dense")
     (folder / "generation_config.json").write_text('{"eos_token_id": [256, 10], "do_sample": true}')

@@ -584,6 +584,91 @@ def test_killed_while_overwriting_there_is_the_old_or_the_new(tmp_path: Path) ->
     assert min(first_new, len(seen) - first_new) > 5
 
 
+# Into a folder that holds other things
+
+
+def test_into_a_folder_nothing_of_the_users_is_lost(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "checkpoint-5").mkdir(parents=True)
+    others = {"optimizer.pt": b"state", "tokenizer.json": b"{}", "notes.md": b"mine", "adapter_model.safetensors": b"a"}
+    for name, data in others.items():
+        (out / name).write_bytes(data)
+    write(out, 1.0, into=True)
+    with FolderWriter(out, into=True) as writer:  # one file where there were two and an index
+        writer.write_json("config.json", CONFIG | {"value": 2.0})
+        writer.write_tensors(lazily(tensors_of(2.0)))
+        writer.commit({})
+    assert value_of(out) == 2.0
+    whole = {"config.json", "model.safetensors", "moewright.json"}
+    assert {file.name for file in out.iterdir()} == whole | others.keys() | {"checkpoint-5"}
+    write(out, 3.0, into=True)
+    assert value_of(out) == 3.0
+    assert {name: (out / name).read_bytes() for name in others} == others
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_into_a_folder_that_does_not_exist_or_that_cannot_be(tmp_path: Path) -> None:
+    assert value_of(write(tmp_path / "new", 1.0, into=True)) == 1.0
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match="a file is in the way"):
+        write(tmp_path / "file", into=True)
+    (tmp_path / "new" / "model-00001-of-00002.safetensors").unlink()
+    (tmp_path / "new" / "model-00001-of-00002.safetensors").mkdir()
+    with pytest.raises(ModelError, match=r"a folder model-00001-of-00002.* is in the way"):
+        write(tmp_path / "new", into=True)
+    assert (tmp_path / "new" / "config.json").exists()
+    assert not (tmp_path / "new" / ".moewright-tmp").exists()
+
+
+def test_a_move_that_fails_is_finished_by_the_next_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write(tmp_path / "out", 1.0)
+    rename = os.rename
+
+    def failing(source: Any, target: Any) -> None:
+        if str(target).endswith("00002-of-00002.safetensors"):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(ModelError, match="Input/output error"):
+            write(out, 2.0, into=True)
+    with pytest.raises(ModelError, match="a save into it was interrupted; save into it again"):
+        ModelFolder(out)
+    with FolderWriter(out, into=True):
+        pass
+    assert value_of(out) == 2.0
+
+
+def kill_into(folder: Path, arm: Callable[[], None]) -> None:
+    write(folder / "out", 1.0)
+    (folder / "out" / "optimizer.pt").write_bytes(b"state")
+    arm()
+    write(folder / "out", 2.0, into=True)
+
+
+def test_killed_on_the_way_into_a_folder_it_holds_the_old_the_new_or_is_refused(tmp_path: Path) -> None:
+    expected = content(write(tmp_path / "expected", 2.0)) | {"optimizer.pt": b"state"}
+    folders = kill_everywhere(kill_into, tmp_path / "kill")
+    seen = []
+    for folder in folders:
+        out = folder / "out"
+        if (out / "config.json").exists():
+            seen.append(value_of(out))
+        else:
+            seen.append(None)
+            with pytest.raises(ModelError, match="interrupted"):
+                ModelFolder(out)
+            with FolderWriter(out, into=True):
+                pass
+            assert value_of(out) == 2.0
+        write(out, 2.0, into=True)
+        assert content(out) == expected
+    first, last = seen.index(None), len(seen) - seen[::-1].index(None)
+    assert seen == [1.0] * first + [None] * (last - first) + [2.0] * (len(seen) - last)
+    assert min(first, last - first) > 4
+
+
 # No room, no right
 
 

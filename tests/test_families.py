@@ -17,6 +17,7 @@ from moewright.backbone.family import chosen_layers, dense_families
 from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.formats import FORMATS, choose_format, settings_from
 from moewright.backbone.graft import graft, moe_layers, routing_contexts, ungraft
+from moewright.backbone.native import MoewrightForCausalLM
 from moewright.backbone.skeleton import has_tied_head, untie_head
 from moewright.errors import ModelError, UsageError
 from moewright.evaluate.perplexity import evaluate_files
@@ -135,10 +136,92 @@ def test_our_own_type_takes_few_arguments(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
     assert (model.dtype, model.config._attn_implementation) == (torch.float64, "eager")
     assert AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").device.type == "cpu"
-    with pytest.raises(UsageError, match="without quantization_config"):
+    with pytest.raises(UsageError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"load_in_8bit": True})
+    with pytest.raises(UsageError, match="has no experts_implementation"):
+        AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    with pytest.raises(UsageError, match="config is a LlamaConfig"):
+        MoewrightForCausalLM.from_pretrained(folder, config=tiny_config("llama"))
     with pytest.raises(UsageError, match="on one device"):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"model": 0, "lm_head": 1})
+
+
+OWN_FOLDER_CHANGES = [
+    ({"use_cache": False}, {"use_cache": False}),
+    ({"rms_norm_eps": 1e-3, "attention_dropout": 0.5}, {"rms_norm_eps": 1e-3, "attention_dropout": 0.5}),
+    ({"output_hidden_states": True}, {"output_hidden_states": True}),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}, {}),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), OWN_FOLDER_CHANGES)
+@pytest.mark.parametrize("way", ["argument", "attribute", "backbone"])
+def test_changes_of_our_own_types_config_are_taken(tmp_path, changes, expected, way):
+    folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
+    config, arguments = AutoConfig.from_pretrained(folder), {}
+    if way == "argument":
+        arguments = changes
+    elif way == "attribute":
+        for name, value in changes.items():
+            setattr(config, name, value)
+        arguments = {"config": config}
+    else:
+        config.backbone.update(changes)
+        arguments = {"config": config}
+    model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    dense = load_model(folder)
+    for name, value in changes.items():
+        setattr(dense.config, name, value)
+    wanted = type(dense)(dense.config)  # transformers' own class under the changed config
+    graft(wanted, {0: moe_of("llama", score="sigmoid")})
+    wanted.load_state_dict(dense.state_dict())
+    assert torch.equal(logits_of(model, INPUT), logits_of(wanted.eval(), INPUT))
+    same_state(model, dense)
+    random = AutoModelForCausalLM.from_config(config, **({} if way != "argument" else changes))
+    assert {name: getattr(random.config, name) for name in expected} == expected
+
+
+def test_changes_of_sparse_layers_and_dtype_are_taken(tmp_path):
+    folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
+    config = AutoConfig.from_pretrained(folder)
+    config.sparse_layers[0]["top_k"], config.dtype = 1, "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    assert (moe_layers(model)[0].config.top_k, model.dtype) == (1, torch.bfloat16)
+    assert AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).dtype == torch.float32
+    assert AutoModelForCausalLM.from_config(config).dtype == torch.bfloat16
+    config.sparse_layers[0]["num_experts"] = 5
+    with pytest.raises(UsageError, match="sparse_layers: the weights do not follow"):
+        AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 64}, "hidden_size: the weights do not follow"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers: the weights do not follow"),
+        ({"vocab_size": 300, "use_cache": False}, "vocab_size, use_cache|use_cache, vocab_size"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: the weights do not follow"),
+        ({"attention_bias": True}, "attention_bias: the weights do not follow"),
+        ({"output_router_logits": True}, "output_router_logits=True: .* does not hear"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1: .* does not hear"),
+        ({"rope_theta": 5.0}, "rope_theta=5.0: .* does not hear"),
+    ],
+)
+@pytest.mark.parametrize("way", ["argument", "attribute", "backbone"])
+def test_changes_that_nothing_follows_are_refused_by_name(tmp_path, changes, words, way):
+    folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
+    config, arguments = AutoConfig.from_pretrained(folder), {}
+    if way == "argument":
+        arguments = changes
+    elif way == "attribute":
+        for name, value in changes.items():
+            setattr(config, name, value)
+    else:
+        config.backbone.update(changes)
+    with pytest.raises(UsageError, match=words) as caught:
+        AutoModelForCausalLM.from_pretrained(folder, config=config, **arguments)
+    assert "\n" not in str(caught.value)
 
 
 SPARSE = [

@@ -265,6 +265,37 @@ def test_dry_run_writes_nothing_and_foretells_the_folder(tmp_path):
     assert flops["sparse"] - flops["dense"] == 2 * 2 * 8 * 32
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "wanted", "first", "others"),
+    [
+        ("llama", {}, "mixtral", ("yes", ""), {"yes"}),
+        ("qwen3", {"router_order": "softmax-topk"}, "qwen3_moe", ("yes", ""), {"yes", "no"}),
+        ("gemma2", {}, "moewright", ("yes", "after import moewright.auto"), {"no"}),
+        ("m2m_100", {}, "nllb-moe", ("no", "its code mixes experts up"), {"no"}),
+    ],
+)
+def test_a_dry_run_says_which_runtimes_will_load_the_folder(tmp_path, family, settings, wanted, first, others):
+    source = write_dense(tmp_path / "dense", family)
+    config = UpcycleConfig(experts=4, top_k=2, **settings)
+    foretold = upcycle_folder(source, tmp_path / "moe", config, format=wanted, dry_run=True).as_dict()
+    assert foretold["target_format"] == wanted
+    here, *rest = foretold["runtimes"]
+    assert (here["runtime"].partition(" ")[0], here["loads"], here["why"]) == ("transformers", *first)
+    assert {row["loads"] for row in rest} == others
+    assert all(row["why"] for row in rest if row["loads"] == "no")
+
+
+def test_what_measuring_takes_is_foretold(tmp_path):
+    source, config = write_dense(tmp_path / "dense"), UpcycleConfig(experts=4, top_k=2)
+    text = tmp_path / "text.txt"
+    text.write_text("abcdefgh" * 40)
+    measured = replace(config, neurons="clustered", granularity=2, calibration_text=str(text))
+    model = 4 * sum(parameter.numel() for parameter in load_model(source).parameters())
+    needed = [upcycle_folder(source, tmp_path / "moe", each, dry_run=True).summary["memory_needed"]
+              for each in (config, measured)]  # fmt: skip
+    assert needed[0] < model == needed[1]
+
+
 def test_inspect_counts_tied_and_untied(tmp_path):
     source = write_dense(tmp_path / "dense", tie_word_embeddings=True)
     plain = AutoModelForCausalLM.from_pretrained(source)

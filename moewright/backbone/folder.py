@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,7 +26,7 @@ from moewright.backbone.skeleton import empty_model, has_tied_head, materialise,
 from moewright.backbone.twin import Layers, Twin, dense_fields
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
-from moewright.checkpoint.write import FolderWriter
+from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
 from moewright.errors import ModelError
 
 GENERATION: Final = "generation_config.json"
@@ -54,8 +54,8 @@ class Form:
         """The fields of config.json."""
         layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
         if layers:
-            return sparse_fields(self.twin, model.config, layers, dtype=model.dtype)
-        return dense_fields(model.config, dtype=model.dtype) | {"architectures": [type(model).__name__]}
+            return sparse_fields(self.twin, model.config, layers, dtype=stored_dtype(model))
+        return dense_fields(model.config, dtype=stored_dtype(model)) | {"architectures": [type(model).__name__]}
 
     def record(self, model: PreTrainedModel) -> dict[str, Any]:
         """What `moewright.json` must say for `load_model` to give this model back."""
@@ -79,13 +79,17 @@ def form_of(model: PreTrainedModel, *, wanted: str | None = None) -> Form:
     return Form(twin=choose_format(model.config, layers, wanted=wanted))
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, fields: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """Load a dense or a sparse folder on CPU, in evaluation mode, in its own dtype or the given one.
 
-    Tensors are read one at a time into place. Raises `ModelError` before anything is allocated if
-    names or shapes disagree with the config.
+    With `fields` they stand in place of those of its config.json. Tensors are read one at a time into place. Raises
+    `ModelError` before anything is allocated if names or shapes disagree with the config.
     """
     folder = ModelFolder(path)
+    if fields is not None:
+        folder.config = dict(fields)
     model, form = empty_model_of(folder, dtype=dtype)
     fill(model, form, lambda slot: folder.read(slot.name))
     if (folder.path / GENERATION).is_file():
@@ -176,10 +180,19 @@ def save_model(
         return writer.commit({**(record or {}), **form.record(model)})
 
 
-def write_model(writer: FolderWriter, model: PreTrainedModel, form: Form, *, companions: Path | None) -> None:
+def write_model(
+    writer: FolderWriter,
+    model: PreTrainedModel,
+    form: Form,
+    *,
+    companions: Path | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
     """Config, weights and companions of a live model, to be committed by the caller with the form's record."""
+    dtype = stored_dtype(model)
     writer.write_json("config.json", form.fields(model))
-    writer.write_tensors({slot.name: _lazy(model, slot) for slot in form.slots(model)})
+    tensors = {slot.name: _lazy(model, slot, dtype) for slot in form.slots(model)}
+    writer.write_tensors(tensors, max_shard_bytes=max_shard_bytes)
     if companions is not None:
         writer.copy_companions(companions)
 
@@ -190,13 +203,18 @@ def constant(slot: Slot, dtype: torch.dtype) -> Tensor:
     return torch.full(slot.shape, slot.fill, dtype=dtype)
 
 
-def _lazy(model: PreTrainedModel, slot: Slot) -> LazyTensor:
-    dtype: torch.dtype = slot.dtype or model.dtype
+def stored_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that a model is written in: its parameters', and where those differ the narrowest that holds all."""
+    return reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+
+
+def _lazy(model: PreTrainedModel, slot: Slot, dtype: torch.dtype) -> LazyTensor:
+    dtype = slot.dtype or dtype
 
     def make() -> Tensor:
         if slot.fill is not None:
             return constant(slot, dtype)
-        tensor = slot.view(model).detach()
+        tensor = slot.view(model).detach().to(dtype)
         return tensor if slot.factor == 1.0 else tensor * slot.factor
 
     return LazyTensor(slot.shape, dtype, make)

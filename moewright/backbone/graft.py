@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -9,13 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.family import Place, family_of
-from moewright.errors import ModelError
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer
 
 HOOKS = "_moewright_hooks"
-"""Where a grafted model keeps the handles of its pre-hooks."""
+"""Where a grafted model keeps the handles of its hooks."""
 
 
 def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, nn.Module]:
@@ -57,7 +57,7 @@ def ungraft(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> dict[int
     if not moe_layers(model):
         for handle in model.__dict__.pop(HOOKS):
             handle.remove()
-        del model.__dict__["save_pretrained"]
+        model.__class__ = type(model).__mro__[1]
     return {layer: grafted[layer] for layer in blocks}
 
 
@@ -127,13 +127,15 @@ def _put(model: PreTrainedModel, place: Place, moe: MoELayer) -> nn.Module:
 
 
 def _listen(model: PreTrainedModel) -> None:
-    """Install the hooks that take the mask along."""
+    """Install the hooks that take the mask along, and those by which transformers saves and loads the model."""
     if HOOKS in model.__dict__:
         return
     # On the models inside, which wrappers and generation call too, and which get every mask by keyword.
     inner = (model.get_encoder(), model.get_decoder()) if family_of(model.config).seq2seq else (model.base_model,)
-    model.__dict__[HOOKS] = [module.register_forward_pre_hook(_record_token_mask, with_kwargs=True) for module in inner]
-    model.__dict__["save_pretrained"] = _refuse_to_save
+    hooks = [module.register_forward_pre_hook(_record_token_mask, with_kwargs=True) for module in inner]
+    model.__dict__[HOOKS] = [*hooks, model.register_load_state_dict_pre_hook(_read_names_on_disk)]
+    kind: Any = type(model)
+    model.__class__ = _saving(kind)
 
 
 def _context_in(module: nn.Module) -> RoutingContext | None:
@@ -161,9 +163,36 @@ def _record_token_mask(
     return args, kwargs
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    """In place of `save_pretrained`, which would write grafted layers under the dense architecture's name."""
-    raise ModelError(
-        "save_pretrained of a model with MoE layers would write a folder that nothing loads; "
-        "use moewright.backbone.folder.save_model"
-    )
+@cache
+def _saving(kind: Any) -> type[PreTrainedModel]:
+    """The class of a grafted model: the same by name and in all it does, but for `save_pretrained`.
+
+    The class's own would write grafted layers under the dense architecture's name. A function kept by the model itself
+    would have to know the model, and such a circle is freed only when the garbage collector comes by.
+    """
+
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        from moewright.backbone.pretrained import save_pretrained  # which grafts
+
+        save_pretrained(self, *args, **kwargs)
+
+    def reduce(self: PreTrainedModel, protocol: object) -> tuple[Any, ...]:
+        return _blank, (kind,), self.__dict__
+
+    named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), named | {"save_pretrained": save_pretrained, "__reduce_ex__": reduce})
+
+
+def _blank(kind: Any) -> PreTrainedModel:
+    """A grafted model of this class before it has got its state: how copies and pickles of one begin."""
+    saving = _saving(kind)
+    model: PreTrainedModel = object.__new__(saving)
+    return model
+
+
+def _read_names_on_disk(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Pre-hook of `load_state_dict`, with which others load what `save_pretrained` wrote."""
+    from moewright.backbone.pretrained import take_names_on_disk
+
+    assert isinstance(model, PreTrainedModel)
+    take_names_on_disk(model, state_dict, prefix, *rest)

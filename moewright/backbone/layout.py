@@ -54,10 +54,15 @@ class Piece:
     layer: int
     expert: int = -1
 
+    def name(self, moe: MoELayer) -> str:
+        """What the layer calls the tensor that holds it."""
+        held = dict(moe.named_parameters()) | dict(moe.named_buffers())
+        return next(name for name, parts in PARTS.items() if self.part in parts and name in held)
+
     def view(self, moe: MoELayer) -> Tensor:
         """It, in the layer's own memory."""
         held = dict(moe.named_parameters()) | dict(moe.named_buffers())
-        name, parts = next((name, parts) for name, parts in PARTS.items() if self.part in parts and name in held)
+        parts = PARTS[name := self.name(moe)]
         tensor = held[name][self.expert] if self.expert >= 0 else held[name]
         return tensor.chunk(len(parts))[parts.index(self.part)]
 
@@ -90,9 +95,22 @@ class Slot:
             tensor: Tensor = attrgetter(self.target)(model)
             return tensor
         (piece,) = self.pieces
-        moe = model.get_submodule(moe_path(family_of(model.config).places(model.config)[piece.layer]))
-        assert isinstance(moe, MoELayer)
-        return piece.view(moe)
+        return piece.view(_moe_at(model, piece)[1])
+
+    def name_in_memory(self, model: PreTrainedModel) -> str:
+        """Name of the model's tensor that `view` is, or is part of."""
+        if self.target is not None:
+            return self.target
+        (piece,) = self.pieces
+        path, moe = _moe_at(model, piece)
+        return f"{path}.{piece.name(moe)}"
+
+
+def _moe_at(model: PreTrainedModel, piece: Piece) -> tuple[str, MoELayer]:
+    path = moe_path(family_of(model.config).places(model.config)[piece.layer])
+    moe = model.get_submodule(path)
+    assert isinstance(moe, MoELayer)
+    return path, moe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,17 +14,24 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
+from moewright.backbone.family import backbone_config
 from moewright.backbone.folder import dtype_named, load_model
 from moewright.backbone.formats import OWN, read_sparse
 from moewright.backbone.graft import graft, moe_layers
 from moewright.backbone.skeleton import empty_model, materialise
-from moewright.errors import UsageError
+from moewright.checkpoint.read import ModelFolder
+from moewright.errors import ModelError, UsageError
 from moewright.moe.layer import MoELayer
 
 PASSED_ON: Final = ("_from_auto", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",
                     "subfolder", "code_revision", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
                     "_commit_hash", "trust_remote_code")  # fmt: skip
 """Arguments that the automatic classes hand on, and that say nothing where the folder is on disk and safetensors."""
+
+
+OF_THE_FOLDER: Final = ("backbone", "sparse_layers", "architectures", "dtype", "is_encoder_decoder", "model_type",
+                        "transformers_version", "_name_or_path")  # fmt: skip
+"""Fields of our config that are not one of the backbone's said beside it."""
 
 
 class MoewrightConfig(PreTrainedConfig):
@@ -46,20 +53,30 @@ class MoewrightForCausalLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """`load_model`, with `dtype` (or `torch_dtype`), `device_map` as one device, and `attn_implementation`.
 
-        Raises `UsageError` for what is not a folder on disk, and for other arguments.
+        Fields of the backbone's config may be given as arguments, as `use_cache=False`, and a `config` may be changed:
+        in its `backbone`, in its `sparse_layers`, or by attributes of the backbone's names. What the weights cannot
+        follow, or nothing hears, is refused by name.
+
+        Raises `UsageError` for what is not a folder on disk, for such changes, and for other arguments.
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; a model of type {OWN} is loaded from disk, download it first")
-        config = kwargs.pop("config", None)
+        if args:
+            raise UsageError(f"a model of type {OWN} is loaded without positional arguments")
+        plain = MoewrightConfig.from_pretrained(path)
+        config = kwargs.pop("config", None) or plain
+        if not isinstance(config, MoewrightConfig):
+            raise UsageError(f"config is a {type(config).__name__}; a folder of type {OWN} takes a MoewrightConfig")
         dtype, device = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)), kwargs.pop("device_map", None)
-        attention = kwargs.pop("attn_implementation", getattr(config, "_attn_implementation_internal", None))
-        unknown = sorted(name for name, value in kwargs.items() if name not in PASSED_ON and value is not None)
-        if args or unknown:
-            raise UsageError(f"a model of type {OWN} is loaded without {', '.join(unknown) or 'positional arguments'}")
+        attention = kwargs.pop("attn_implementation", config._attn_implementation_internal)
+        _refuse_experts(config)
+        wanted = {name: value for name, value in kwargs.items() if name not in PASSED_ON and value is not None}
+        if dtype is None and config.dtype != plain.dtype:
+            dtype = config.dtype
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else dtype_named(dtype.removeprefix("torch."))
-        model = load_model(path, dtype=dtype)
+        model = _load_changed(path, config, plain, wanted, dtype=dtype)
         if attention is not None:
             model.set_attn_implementation(attention)
         return model if device is None else nn.Module.to(model, _one_device(device))
@@ -67,19 +84,75 @@ class MoewrightForCausalLM(PreTrainedModel):
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
         """A model of this config with random weights."""
-        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32
-        _, backbone, layers = read_sparse(config.to_dict(), record={}, tied=False)
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or config.dtype or torch.float32
+        if isinstance(dtype, str):
+            dtype = dtype_named(dtype.removeprefix("torch."))
+        attention = kwargs.pop("attn_implementation", config._attn_implementation_internal)
+        _refuse_experts(config)
+        plain = MoewrightConfig(backbone=config.backbone, sparse_layers=config.sparse_layers)
+        fields, _ = _with_changes(config, plain, kwargs, fields=config.to_dict())
+        _, backbone, layers = read_sparse(fields, record={}, tied=False)
         model = empty_model(backbone, dtype=dtype)
         graft(model, layers)
         materialise(model)
         model.apply(model._init_weights)
         for moe in moe_layers(model).values():  # which transformers knows nothing of
             moe.load_state_dict(MoELayer(moe.config, dtype=dtype).state_dict())
+        if attention is not None:
+            model.set_attn_implementation(attention)
         return model
 
 
 class MoewrightForConditionalGeneration(MoewrightForCausalLM):
     """The same for an encoder-decoder."""
+
+
+def _refuse_experts(config: MoewrightConfig) -> None:
+    if config._experts_implementation_internal is not None:
+        raise UsageError(f"a model of type {OWN} has no experts_implementation; its layers' configs name the kernel")
+
+
+def _load_changed(
+    path: Path, config: MoewrightConfig, plain: MoewrightConfig, wanted: dict[str, Any], *, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """The folder's model with what differs between `config` and `plain`, which was read from it, and with `wanted`."""
+    fields, changed = _with_changes(config, plain, wanted, fields=ModelFolder(path).config)
+    if not changed:
+        return load_model(path, dtype=dtype)
+    try:
+        model = load_model(path, dtype=dtype, fields=fields)
+    except ModelError as error:
+        raise UsageError(
+            f"{', '.join(changed)}: the weights do not follow this change of the config: {error}"
+        ) from error
+    taken, asked = model.config.to_dict(), backbone_config(fields["backbone"]).to_dict()
+    if lost := [name for name in changed if taken.get(name) != asked.get(name)]:
+        raise UsageError(f"{', '.join(lost)}: the weights do not follow this change of the config; leave it out")
+    return model
+
+
+def _with_changes(
+    config: MoewrightConfig, plain: MoewrightConfig, wanted: dict[str, Any], *, fields: dict[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """`fields` of a config.json with what differs between two configs, and with `wanted`; and the names that differ.
+
+    Raises `UsageError` for what the backbone's config does not hear.
+    """
+    said, before = config.to_dict(), plain.to_dict()
+    inner: dict[str, Any] = {k: v for k, v in said["backbone"].items() if before["backbone"].get(k, ...) != v}
+    beside = {k: v for k, v in said.items() if k not in OF_THE_FOLDER and before.get(k, ...) != v}
+    old = {k: v for k, v in fields["backbone"].items() if k in said["backbone"]}
+    built = backbone_config(old).to_dict()
+    changes = {k: v for k, v in (inner | beside | wanted).items() if built.get(k, ...) != v}
+    new = old | changes
+    for name in changes:
+        without = {k: v for k, v in new.items() if k != name} | {k: v for k, v in old.items() if k == name}
+        if backbone_config(without).to_dict() == backbone_config(new).to_dict():
+            raise UsageError(
+                f"{name}={changes[name]!r}: a {OWN} model on {new['model_type']} does not hear this setting"
+            )
+    sparse = ["sparse_layers"] if said["sparse_layers"] != before["sparse_layers"] else []
+    return {**fields, "backbone": new, "sparse_layers": said["sparse_layers"]}, [*changes, *sparse]
 
 
 def _one_device(device_map: Any) -> torch.device:

@@ -22,6 +22,8 @@ CONFIG = "config.json"
 RECORD = "moewright.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+INSIDE = ".moewright-tmp"
+"""What ``FolderWriter`` calls its temporary folder in a target that it writes into."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Settings through which a config can make transformers import or download code. Such a choice is the caller's alone.
 CODE_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "trust_remote_code"})
@@ -182,6 +184,8 @@ def _require_content(path: Path) -> None:
         raise ModelError(f"{path}: not a folder; a folder with {CONFIG} and *.safetensors is needed")
     if not any(path.iterdir()):
         raise ModelError(f"{path}: the folder is empty; {CONFIG} and *.safetensors are needed")
+    if (path / INSIDE / CONFIG).exists() and not (path / CONFIG).exists():
+        raise ModelError(f"{path}: a save into it was interrupted; save into it again")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,14 @@ from moewright.checkpoint.files import (
     read_json,
     record_of,
     remove,
+    replace_text,
     require_space,
     sync,
     write_bytes,
     writing,
 )
 from moewright.checkpoint.lock import lock_folder
-from moewright.checkpoint.read import CONFIG, INDEX, RECORD, WEIGHTS, interrupted_name
+from moewright.checkpoint.read import CONFIG, INDEX, INSIDE, RECORD, WEIGHTS, interrupted_name
 from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
 from moewright.checkpoint.vocabulary import token_count
 from moewright.errors import ModelError
@@ -52,6 +54,10 @@ COMPANIONS = (
 )
 
 
+SHARD_BYTES = 5 * 10**9
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
 class FolderWriter:
     """Writes a model folder so that the target holds the old model, nothing, or the whole new model, never a part.
 
@@ -61,22 +67,30 @@ class FolderWriter:
 
     ``sources`` are folders that the new model is made from: the target may not be, hold, or lie in one of them.
 
+    With ``into`` a target that exists is kept, whatever it holds, and ``path`` lies in it. ``commit`` moves the new
+    files into it, and of what was there only a model is replaced: its config, weights, index and record. Until the last
+    file has arrived there is no config.json, so nobody takes the folder for a model; the next writer finishes a move
+    that was interrupted.
+
     ModelError if the target exists and ``overwrite`` is not set, is no model folder, is being written by another
     process, or cannot be written; ResourceError if the disk is full.
     """
 
     path: Path
 
-    def __init__(self, target: str | Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, target: str | Path, *, overwrite: bool = False, into: bool = False, sources: Sequence[Path] = ()
+    ) -> None:
         self.target = Path(target)
         self._home = Path(os.path.realpath(target))  # where the renames happen, also if the target is a link
         if not self._home.name:
             raise ModelError(f"{self.target}: the root of the file system; choose a folder")
         self._overwrite = overwrite
         self._old = self._home.with_name(interrupted_name(self._home.name))
-        self.path = self._home.with_name(f".{self._home.name}.moewright-tmp")
+        self._into = into and self._home.is_dir()
+        self.path = self._home / INSIDE if self._into else self._home.with_name(f".{self._home.name}.moewright-tmp")
         self._records: dict[str, FileRecord] = {}
-        self._committed = False
+        self._committed = self._moving = False
         for source in sources:
             if overlap(self._home, source):
                 raise ModelError(
@@ -111,7 +125,7 @@ class FolderWriter:
         self,
         tensors: Mapping[str, LazyTensor],
         *,
-        max_shard_bytes: int = 5 * 10**9,
+        max_shard_bytes: int = SHARD_BYTES,
         on_tensor: Callable[[str, int], None] | None = None,
     ) -> None:
         """Write the weights, in the order of the mapping, one tensor in memory at a time.
@@ -180,8 +194,13 @@ class FolderWriter:
             for name in sorted(self._written() - self._records.keys()):  # files written by others, as a tokenizer's
                 sync(self.path / name)
                 self._records[name] = record_of(self.path / name)
-            write_bytes(self.path / RECORD, json_bytes({**record, "files": self._records}))
-            sync(self.path)
+            # Whole or not there: it says that everything before it was written.
+            replace_text(self.path / RECORD, json_bytes({**record, "files": self._records}).decode())
+            if self._into:
+                self._move_in()
+                remove(self.path)
+                self._committed = True
+                return self.target
             if self._overwrite and self._home.exists():
                 self._home.rename(self._old)
             self.path.rename(self._home)
@@ -189,6 +208,29 @@ class FolderWriter:
             sync(self._home.parent)
             remove(self._old)
         return self.target
+
+    def _move_in(self) -> None:
+        """Put the files of the new model into the target: its config.json goes first, and the new one comes last.
+
+        What was interrupted half-way is finished by being done once more.
+        """
+        record = self.path / RECORD
+        files = read_json(record if record.exists() else self._home / RECORD)["files"]
+        coming = [name for name in (RECORD, *sorted(files.keys() - {CONFIG}), CONFIG) if (self.path / name).exists()]
+        for name in coming:
+            if (self._home / name).is_dir():
+                raise ModelError(f"{self.target}: a folder {name} is in the way; choose another folder, or move it")
+        self._moving = True
+        (self._home / CONFIG).unlink(missing_ok=True)
+        sync(self._home)
+        for file in list(self._home.iterdir()):
+            if (file.name in (WEIGHTS, INDEX) or SHARD.fullmatch(file.name)) and file.name not in files:
+                file.unlink()
+        for name in coming:
+            if name == CONFIG:
+                sync(self._home)
+            (self.path / name).rename(self._home / name)
+        sync(self._home)
 
     def _written(self) -> set[str]:
         return {file.name for file in self.path.iterdir()}
@@ -198,7 +240,7 @@ class FolderWriter:
             return
         if not self._home.is_dir():
             raise ModelError(f"{self.target}: a file is in the way; choose another folder")
-        if not any(self._home.iterdir()):
+        if self._into or not any(self._home.iterdir()):
             return
         if not self._overwrite:
             raise ModelError(f"{self.target}: exists and is not empty; choose another folder, or allow to overwrite it")
@@ -232,7 +274,10 @@ class FolderWriter:
             return descriptor
 
     def _mend(self) -> None:
-        """Finish or undo an overwrite that was interrupted between its renames."""
+        """Finish or undo what was interrupted between its renames."""
+        moving = self._into and (self.path / CONFIG).exists() and not (self._home / CONFIG).exists()
+        if moving and any((folder / RECORD).exists() for folder in (self.path, self._home)):  # all had been written
+            self._move_in()
         if not self._old.exists():
             return
         if (self._home / RECORD).exists():  # the new model arrived, and only the deletion is missing
@@ -249,7 +294,8 @@ class FolderWriter:
         """Remove what we made. The lock is held to the end, so nobody takes the folder for a stale one."""
         if self._old.exists() and not self._home.exists():
             self._old.rename(self._home)
-        remove(self.path)
+        if not self._moving:  # else it holds what the target lacks, for the next writer
+            remove(self.path)
         os.close(self._lock)
         with contextlib.suppress(OSError):  # not empty: somebody else has found a use for it
             for folder in self._new_parents:

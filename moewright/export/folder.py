@@ -8,18 +8,16 @@ from typing import Any
 import torch
 import transformers
 
-from moewright.backbone.folder import empty_model_of, form_of, load_model, write_model
-from moewright.backbone.formats import is_sparse
+from moewright.backbone.folder import Form, empty_model_of, form_of, load_model, write_model
+from moewright.backbone.formats import OWN, is_sparse
 from moewright.backbone.sizes import parameter_counts
+from moewright.checkpoint.files import some
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.errors import ModelError
 from moewright.export.card import model_card
-from moewright.export.runtimes import Runtime, runtimes
+from moewright.export.runtimes import FAULTY, Runtime, runtimes
 from moewright.export.verify import Proof, Reference, prove
-
-FAULTY = ("nllb-moe",)
-"""Formats whose class in transformers is known to compute something else, whatever the weights."""
 
 
 @dataclass(frozen=True)
@@ -66,40 +64,49 @@ def export_folder(
     folder = ModelFolder(source)
     if not is_sparse(folder.config):
         raise ModelError(f"{source} is a dense {folder.config['model_type']} model; upcycle it first, or copy it")
-    form = form_of(empty_model_of(folder)[0], wanted=to)  # refused before anything is loaded
+    outline, _ = empty_model_of(folder)
+    form = form_of(outline, wanted=to)  # refused before anything is loaded
+    name, counts, rows = form.name(outline), parameter_counts(outline), runtimes(form, outline)
+    # One model is in memory at a time: here in float32, then in its own dtype, then in the other process.
     reference = Reference.of(load_model(source, dtype=torch.float32))
-    model = load_model(source)
-    counts, rows = parameter_counts(model), runtimes(form, model)
     record = {key: value for key, value in (folder.record or {}).items() if key in ("upcycle", "distil")}
     with FolderWriter(target, overwrite=overwrite, sources=[Path(source)]) as writer:
-        write_model(writer, model, form, companions=Path(source))
-        _require_same(writer.path, model)
-        proof = prove(writer.path, reference, form=form, model=model)
-        _require_proof(proof, form_name=form.name(model), accept_runtime_fault=accept_runtime_fault)
+        _write(writer, Path(source), form)
+        proof = prove(writer.path, reference, ours=name == OWN)
+        _require_proof(proof, form_name=name, accept_runtime_fault=accept_runtime_fault)
         loads, why = "no" if proof.problems else "yes", "; ".join(proof.problems)
         here = Runtime(f"transformers {transformers.__version__}", loads, why, "run here")
         report = ExportReport(
             target=Path(target),
-            format=form.name(model),
+            format=name,
             parameters={"total": counts.total, "active": counts.active},
             bytes=sum(info.end - info.start for info in ModelFolder(writer.path).tensors.values()),
             proof=proof,
             runtimes=[here, *rows],
         )
         origin = {"sha256": folder.fingerprint(), "format": folder.config["model_type"]}
-        writer.write_text("README.md", model_card(report, model, origin=origin, record=record))
+        writer.write_text("README.md", model_card(report, outline, origin=origin, record=record))
         facts: dict[str, Any] = {"proof": proof.as_dict(), "source": origin, "versions": {"torch": torch.__version__}}
         facts["runtimes"] = [row.as_dict() for row in report.runtimes]
-        writer.commit(record | {"export": facts} | form.record(model))
+        writer.commit(record | {"export": facts} | form.record(outline))
     return report
 
 
-def _require_same(folder: Path, model: transformers.PreTrainedModel) -> None:
-    """The way back: what we read from the new folder must be the model, to the bit."""
-    again = load_model(folder, dtype=model.dtype).state_dict()
-    for name, tensor in model.state_dict().items():
-        if name not in again or not torch.equal(again[name], tensor):
-            raise ModelError(f"{name} is not what was written; nothing was kept: please report this model")
+def _write(writer: FolderWriter, source: Path, form: Form) -> None:
+    """Write the model, and take the way back: what we read from the new folder must be the model, to the bit."""
+    model = load_model(source)
+    write_model(writer, model, form, companions=source)
+    written = ModelFolder(writer.path)
+    written.record = form.record(model)  # as it will say when it is committed
+    again, its_form = empty_model_of(written, dtype=model.dtype)
+    wrong = sorted(again.state_dict().keys() ^ model.state_dict().keys())
+    for slot in its_form.slots(again):
+        if slot.fill is None and not slot.tied:
+            tensor, wanted = written.read(slot.name), slot.view(model)
+            if not torch.equal(tensor / slot.factor if slot.factor != 1.0 else tensor, wanted):
+                wrong.append(slot.name)
+    if wrong:
+        raise ModelError(f"{some(wrong)}: not what was written; nothing was kept: please report this model")
 
 
 def _require_proof(proof: Proof, *, form_name: str, accept_runtime_fault: bool) -> None:

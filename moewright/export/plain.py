@@ -2,10 +2,12 @@
 
     python plain.py FOLDER CASES.npz OUT.npz [moewright.auto]
 
-CASES has `ids/NAME` and `mask/NAME`, int64 (B, S), for each case. OUT gets `logits/NAME`, float32 (B, S, V), and
-`chosen/NAME/N`, bool (B * S, E), for the N-th sparse block in the order of the forward pass; and `greedy`, the tokens
-that generation continues the longest case with. One JSON object is printed: class, version, keys that were missing or
-left over, and what two probes found (experts that change tokens they should not, or none; settings without effect).
+CASES has `ids/NAME` and `mask/NAME`, int64 (B, S), for each case, and `keep/NAME`, int64 (S'), for a long text: the
+positions whose logits are wanted. OUT gets `logits/NAME`, float32 (B, S or S', V), and `chosen/NAME/N`, bool
+(B * S, E), for the N-th sparse block in the order of the forward pass; and `greedy`, the tokens that generation
+continues the longest case with that is no long text. One JSON object is printed: class, version, keys that were
+missing or left over, and what two probes found (experts that change tokens they should not, or none; settings without
+effect).
 """
 
 import copy
@@ -33,9 +35,10 @@ def load(folder: str, config: Any, **wanted: Any) -> Any:
     return auto.from_pretrained(folder, config=config, local_files_only=True, dtype=torch.float32, **wanted)
 
 
-def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+def forward(model: Any, ids: Tensor, mask: Tensor, keep: Tensor | None = None) -> Tensor:
     """An encoder-decoder reads the ids and says them again."""
     again = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if model.config.is_encoder_decoder else {}
+    again |= {} if keep is None else {"logits_to_keep": keep}
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **again).logits
     return logits.float()
 
@@ -56,8 +59,8 @@ def chosen_of(args: tuple[Any, ...], experts: int) -> Tensor:
 
 
 @contextmanager
-def recorded(model: Any, *, blocks: bool) -> Iterator[tuple[list[Tensor], list[Call]]]:
-    """What each block chooses, and how it was called, in the order of the forward pass."""
+def recorded(model: Any, *, blocks: bool, outputs: bool) -> Iterator[tuple[list[Tensor], list[Call]]]:
+    """What each block chooses, and with `outputs` how it was called, in the order of the forward pass."""
     chosen: list[Tensor] = []
     calls: list[Call] = []
     handles = []
@@ -72,7 +75,8 @@ def recorded(model: Any, *, blocks: bool) -> Iterator[tuple[list[Tensor], list[C
             calls.append((name, module, args, kwargs, output[0] if isinstance(output, tuple) else output))
 
         handles.append(block.experts.register_forward_pre_hook(choose))
-        handles.append(block.register_forward_hook(call, with_kwargs=True))
+        if outputs:
+            handles.append(block.register_forward_hook(call, with_kwargs=True))
     try:
         yield chosen, calls
     finally:
@@ -159,12 +163,13 @@ def main(folder: str, cases_file: str, out: str) -> dict[str, Any]:
         cases = {name: torch.from_numpy(file[name]) for name in file}
     found: dict[str, Tensor] = {}
     names = [name.removeprefix("ids/") for name in cases if name.startswith("ids/")]
-    longest = max(names, key=lambda name: int(cases[f"mask/{name}"].sum()))
+    short = [name for name in names if f"keep/{name}" not in cases]
+    longest = max(short, key=lambda name: int(cases[f"mask/{name}"].sum()))
     faults: list[str] = []
     for name in names:
         ids, mask = cases[f"ids/{name}"], cases[f"mask/{name}"]
-        with recorded(model, blocks=not ours) as (chosen, calls):
-            found[f"logits/{name}"] = forward(model, ids, mask)
+        with recorded(model, blocks=not ours, outputs=name == longest) as (chosen, calls):
+            found[f"logits/{name}"] = forward(model, ids, mask, cases.get(f"keep/{name}"))
         found |= {f"chosen/{name}/{number}": choice for number, choice in enumerate(chosen)}
         if name == longest:
             faults = probe_experts(calls, chosen, mask.flatten().bool())
@@ -172,9 +177,11 @@ def main(folder: str, cases_file: str, out: str) -> dict[str, Any]:
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     found["greedy"] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
     np.savez(out, allow_pickle=False, **{name: tensor.numpy() for name, tensor in found.items()})
+    class_name = type(model).__name__
+    del model, calls, chosen  # before others are loaded
     deaf = [] if ours else probe_settings(folder, config, ids, torch.ones_like(ids))
     return {
-        "class": type(model).__name__,
+        "class": class_name,
         "transformers": transformers.__version__,
         "keys": {key: sorted(map(str, report.get(key, ())))[:5] for key in ("missing_keys", "unexpected_keys")},
         "deaf_settings": deaf,

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import Form
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.skeleton import longest_text
 from moewright.errors import ModelError
+from moewright.export.long import LongText
 from moewright.moe.router import Router, Routing, selection_values
 
 TOLERANCE: Final = 1e-5
@@ -27,6 +27,8 @@ TOLERANCE: Final = 1e-5
 TIE: Final = 1e-6
 """Experts whose scores are nearer than this times the largest may be chosen one for the other."""
 LENGTHS: Final = (1, 7, 48)
+LONG: Final = "long"
+"""The case of the long text."""
 NEW_TOKENS: Final = 16  # as in plain.py
 
 
@@ -48,6 +50,10 @@ class Proof:
     """Settings without effect on the runtime."""
     keys: tuple[str, ...]
     """Tensors that were missing or left over."""
+    longest_text: int = max(LENGTHS)
+    """Tokens of the longest text whose logits were compared."""
+    not_compared: tuple[str, ...] = ()
+    """What the texts were too short to show."""
 
     @property
     def problems(self) -> list[str]:
@@ -91,33 +97,37 @@ class Reference:
     choices: dict[str, list[Choice]]
     """By case, for each sparse layer."""
     greedy: Tensor
+    long: LongText
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, seed: int = 0) -> "Reference":
         """Ask a float32 model on random tokens."""
         assert model.dtype == torch.float32, "what is rounded in between would differ for other reasons"
-        cases = _cases(model, seed=seed)
+        long = LongText.of(model, short=max(LENGTHS))
+        cases = _cases(model, long, seed=seed)
         logits, choices = {}, {}
         with torch.no_grad():
             for name in _names(cases):
                 with _choices(model) as found:
-                    logits[name] = _forward(model, cases[f"ids/{name}"], cases[f"mask/{name}"])
+                    logits[name] = _forward(
+                        model, cases[f"ids/{name}"], cases[f"mask/{name}"], cases.get(f"keep/{name}")
+                    )
                 choices[name] = found
-            longest = max(_names(cases), key=lambda name: int(cases[f"mask/{name}"].sum()))
+            short = [name for name in _names(cases) if name != LONG]
+            longest = max(short, key=lambda name: int(cases[f"mask/{name}"].sum()))
             ids = cases[f"ids/{longest}"][:1]
             settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
             greedy: Any = model.generate(  # type: ignore[operator]
                 ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings
             )
-        return cls(cases, logits, choices, greedy)
+        return cls(cases, logits, choices, greedy, long)
 
 
-def prove(folder: Path, reference: Reference, *, form: Form, model: PreTrainedModel) -> Proof:
+def prove(folder: Path, reference: Reference, *, ours: bool) -> Proof:
     """Load the folder with plain transformers in a new process, without a network, and compare.
 
-    A folder of our own type is loaded after `import moewright.auto`. Raises `ModelError` if it does not load.
+    A folder of our own type (`ours`) is loaded after `import moewright.auto`. Raises `ModelError` if it does not load.
     """
-    ours = form.name(model) == "moewright"
     with tempfile.TemporaryDirectory() as scratch:
         cases, out = Path(scratch) / "cases.npz", Path(scratch) / "out.npz"
         np.savez(cases, allow_pickle=False, **{name: tensor.numpy() for name, tensor in reference.cases.items()})
@@ -128,18 +138,24 @@ def prove(folder: Path, reference: Reference, *, form: Form, model: PreTrainedMo
     if facts["moewright_imported"] != ours:
         raise ModelError(f"{folder}: moewright was imported by transformers; run it where nothing imports it at start")
     names = _names(reference.cases)
+    choices = {name: (0, None) if ours else _other_choices(found, reference, name) for name in names}
+    ends, unseen = {name: reference.cases[f"ids/{name}"].shape[1] for name in names}, reference.long.unseen
+    if LONG in names and (broken := choices[LONG][1]) is not None:
+        ends[LONG] = broken
+        unseen += (f"what follows token {broken} of the long text: a tie of experts was broken the other way there",)
     # Not max(), which loses a NaN.
-    differences = torch.tensor([_difference(found[f"logits/{name}"], reference, name) for name in names])
-    others = 0 if ours else sum(_other_choices(found, reference, name) for name in names)
+    differences = [_difference(found[f"logits/{name}"], reference, name, end=end) for name, end in ends.items() if end]
     keys = tuple(f"{kind.removesuffix('_keys')} {key}" for kind, some in facts["keys"].items() for key in some)
     return Proof(
         loaded_as=f"{facts['class']}, transformers {facts['transformers']}",
-        relative_logit_difference=float(differences.amax()),
-        other_experts=others,
+        relative_logit_difference=float(torch.tensor(differences).amax()),
+        other_experts=sum(count for count, _ in choices.values()),
         greedy_tokens_agree=torch.equal(found["greedy"], reference.greedy),
         expert_faults=tuple(facts["expert_faults"]),
         deaf_settings=tuple(facts["deaf_settings"]),
         keys=keys,
+        longest_text=max(ends.values()),
+        not_compared=unseen,
     )
 
 
@@ -161,7 +177,7 @@ def _run(arguments: list[str], *, cwd: str | None) -> dict[str, Any]:
     return facts
 
 
-def _cases(model: PreTrainedModel, *, seed: int) -> dict[str, Tensor]:
+def _cases(model: PreTrainedModel, long: LongText, *, seed: int) -> dict[str, Tensor]:
     """Random tokens, alone and padded on either side; not the ids that have a meaning to the config."""
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -180,6 +196,9 @@ def _cases(model: PreTrainedModel, *, seed: int) -> dict[str, Tensor]:
         mask = torch.ones_like(ids)
         mask[1, slice(0, 5) if side == "left" else slice(7, 12)] = 0
         found |= {f"ids/{side}": ids, f"mask/{side}": mask}
+    if long.length is not None:
+        ids = plain[torch.randint(len(plain), (1, long.length), generator=generator)]
+        found |= {f"ids/{LONG}": ids, f"mask/{LONG}": torch.ones_like(ids), f"keep/{LONG}": long.positions()}
     return found
 
 
@@ -187,8 +206,9 @@ def _names(cases: dict[str, Tensor]) -> list[str]:
     return sorted(name.removeprefix("ids/") for name in cases if name.startswith("ids/"))
 
 
-def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, keep: Tensor | None) -> Tensor:
     again = {"decoder_input_ids": ids, "decoder_attention_mask": mask} if model.config.is_encoder_decoder else {}
+    again |= {} if keep is None else {"logits_to_keep": keep}
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False, **again).logits
     return logits.float()
 
@@ -210,15 +230,18 @@ def _choices(model: PreTrainedModel) -> Iterator[list[Choice]]:
             handle.remove()
 
 
-def _difference(found: Tensor, reference: Reference, name: str) -> float:
-    """Of real tokens: what a model says at a padded place is nobody's business."""
-    real, wanted = reference.cases[f"mask/{name}"].bool(), reference.logits[name]
+def _difference(found: Tensor, reference: Reference, name: str, *, end: int) -> float:
+    """Of real tokens before `end`: what a model says at a padded place is nobody's business."""
+    mask, wanted = reference.cases[f"mask/{name}"].bool(), reference.logits[name]
+    keep = reference.cases.get(f"keep/{name}", torch.arange(mask.shape[1]))
+    real = mask[:, keep] & (keep < end)
     return float((found - wanted)[real].abs().max() / wanted[real].abs().max())
 
 
-def _other_choices(found: dict[str, Tensor], reference: Reference, name: str) -> int:
+def _other_choices(found: dict[str, Tensor], reference: Reference, name: str) -> tuple[int, int | None]:
+    """How often other experts were chosen, but for ties; and the first token with a tie that was broken differently."""
     real = reference.cases[f"mask/{name}"].flatten().bool()
-    count = 0
+    wrong, broken = torch.zeros_like(real, dtype=torch.int64), torch.zeros_like(real)
     for number, (values_TE, experts_TK) in enumerate(reference.choices[name]):
         theirs_TE = found[f"chosen/{name}/{number}"]
         ours_TE = torch.zeros_like(theirs_TE).scatter(1, experts_TK, True)
@@ -226,5 +249,10 @@ def _other_choices(found: dict[str, Tensor], reference: Reference, name: str) ->
         worst_T = values_TE.masked_fill(~ours_TE, torch.inf).amin(dim=1)
         best_T = values_TE.masked_fill(ours_TE, -torch.inf).amax(dim=1)
         tied_T = worst_T - best_T <= TIE * values_TE[values_TE.isfinite()].abs().amax()
-        count += int(((ours_TE != theirs_TE).any(dim=1) & ~tied_T & real).sum())
-    return count
+        differ_T = (ours_TE != theirs_TE).any(dim=1) & real
+        wrong += differ_T & ~tied_T
+        broken |= differ_T & tied_T
+    first = int(broken.nonzero()[0]) if broken.any() else None
+    if name == LONG and first is not None:  # what comes after it may differ for its sake
+        wrong = wrong[:first]
+    return int(wrong.sum()), first

@@ -48,13 +48,13 @@ class Experts(nn.Module):
             shapes |= {f"{self.first_name}_bias": ((E, H), D), "down_proj_bias": ((E, D), width)}
         for name, (shape, inputs) in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-            nn.init.uniform_(self.get_parameter(name), -(inputs**-0.5), inputs**-0.5)
+            nn.init.uniform_(getattr(self, name), -(inputs**-0.5), inputs**-0.5)
 
     def weights(self, dtype: torch.dtype | None = None) -> ExpertWeights:
         """The parameters, cast to `dtype` if one is given."""
 
         def parameter(name: str) -> Tensor:
-            value: Tensor = self.get_parameter(name)
+            value: Tensor = getattr(self, name)  # not get_parameter: adapters put a computed tensor in its place
             return value if dtype is None else value.to(dtype)
 
         return ExpertWeights(

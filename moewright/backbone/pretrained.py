@@ -1,0 +1,192 @@
+"""What transformers, and who builds on it, calls on a model with MoELayers: `save_pretrained` and `load_state_dict`.
+
+In memory the model has names of its own, on disk those of the layout it is written in. `Trainer` saves by the one and
+resumes by the other.
+"""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import convert_file_size_to_int
+
+from moewright.backbone.family import family_of
+from moewright.backbone.folder import Form, form_of, write_model
+from moewright.backbone.formats import TWINS
+from moewright.backbone.graft import graft, moe_layers, moe_path
+from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
+from moewright.checkpoint.files import some
+from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
+from moewright.errors import ModelError, UsageError
+
+TAKEN: Final[dict[str, tuple[Any, ...]]] = {
+    "safe_serialization": (True, None),
+    "save_original_format": (True, None),
+    "save_peft_format": (True, False, None),  # adapters' names, of which there are none here
+    "push_to_hub": (False, None),
+    "distributed_checkpoint": (False, None),
+    "variant": (None,),
+}
+"""Arguments of `save_pretrained` that we know, and the values under which they ask for what we do anyway."""
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    max_shard_size: int | str = SHARD_BYTES,
+    token: object = None,
+    **others: Any,
+) -> None:
+    """`save_model` under the name and with the arguments of transformers: the first twin that computes the model.
+
+    A folder that exists is written into: a model that it holds is replaced, everything else stays. With `state_dict`,
+    these values, by the names in memory, are written in place of the model's own; nothing where `is_main_process` is
+    false. The model itself is not changed. `token` is for the hub, which nothing is sent to.
+
+    Raises `UsageError` for what we do not do (`push_to_hub`, ...), `ModelError` for weights that are not here whole
+    (sharded, offloaded) or are others than the model's (adapters), and what `save_model` raises.
+    """
+    for name, value in others.items():
+        if name not in TAKEN or not any(value is allowed for allowed in TAKEN[name]):
+            hint = "; model.push_to_hub(...) saves and uploads" if name == "push_to_hub" else ""
+            raise UsageError(f"save_pretrained: {name}={value!r} is not supported with MoE layers{hint}")
+    shard_bytes = _bytes_of(max_shard_size)
+    if not is_main_process:
+        return
+    held = _holding(model, state_dict if state_dict is not None else model.state_dict())
+    form = form_of(held)
+    with FolderWriter(Path(save_directory), into=True) as writer:
+        if model.can_generate():
+            model.generation_config.save_pretrained(writer.path)  # first, since it refuses senseless settings
+        write_model(writer, held, form, max_shard_bytes=shard_bytes)
+        writer.commit(form.record(held))
+
+
+def take_names_on_disk(
+    model: PreTrainedModel,
+    state_dict: dict[str, Any],
+    prefix: str,
+    _metadata: Any,
+    _strict: bool,
+    missing_keys: list[str],
+    _unexpected_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Let `load_state_dict` take the tensors of a folder by their names on disk, in any format that holds the model.
+
+    They are put into the model here; what has a name in memory is left to torch. A state may be a part of a model, as
+    one shard is. Raises `ModelError` where it has none of a sparse layer's weights, but others that nothing takes:
+    those of a dense model, or of a format that does not compute this one.
+    """
+    given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+    held = _names_in_memory(model)
+    unknown = given - held
+    if not unknown:
+        return
+    form = _form_with(model, unknown)
+    if form is None:
+        _require_no_half(model, given, unknown)
+        return
+    partly: dict[str, list[str]] = {}
+    taken: set[str] = set()
+    for slot in form.slots(model):
+        if slot.tied or slot.name in held:
+            continue
+        if slot.fill is not None:
+            found = state_dict.pop(prefix + slot.name, None)
+            if found is not None and slot.must_match and not bool(found.eq(slot.fill).all()):
+                error_msgs.append(f"{slot.name} is not {slot.fill:g} everywhere, as this model has it.")
+            continue
+        name = slot.name_in_memory(model)
+        if slot.name not in given:
+            partly.setdefault(name, []).append(prefix + slot.name)
+            continue
+        found, live = state_dict.pop(prefix + slot.name), slot.view(model).detach()
+        if live.is_meta or isinstance(live, DTensor):
+            raise ModelError(f"{name} is not here as a whole, so {slot.name} cannot be put into it; use load_model")
+        if found.shape != live.shape:
+            error_msgs.append(f"size mismatch for {slot.name}: {list(found.shape)}, the model's is {list(live.shape)}.")
+        else:
+            live.copy_(found / slot.factor if slot.factor != 1.0 else found)
+        taken.add(name)
+    for name in taken:
+        state_dict[prefix + name] = _tensor(model, name)  # which torch copies onto itself, and counts as loaded
+        missing_keys.extend(partly.get(name, ()))
+
+
+def _holding(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model like this one whose parameters are the tensors of `state`, without a copy."""
+    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
+    held = empty_model(copy.deepcopy(model.config), dtype=model.dtype)
+    if has_tied_head(held) and not has_tied_head(model):
+        untie_head(held)
+    graft(held, layers)
+    odd = [name for name, tensor in state.items() if isinstance(tensor, DTensor) or tensor.is_meta]
+    if odd:
+        raise ModelError(f"save_pretrained: {some(odd)} are sharded or offloaded; gather them, and pass state_dict=")
+    try:
+        result = held.load_state_dict(dict(state), strict=False, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"save_pretrained: {' '.join(str(error).split())}") from error
+    held.tie_weights()
+    if result.unexpected_keys:
+        raise ModelError(
+            f"save_pretrained: {some(result.unexpected_keys)} are no weights of a {model.config.model_type} model with "
+            "these MoE layers; merge or take out what was added to it (adapters: merge_and_unload)"
+        )
+    if missing := [name for name, parameter in held.named_parameters() if parameter.is_meta]:
+        raise ModelError(f"save_pretrained: state_dict lacks {some(missing)}; pass the state of the whole model")
+    return held
+
+
+def _names_in_memory(model: PreTrainedModel) -> set[str]:
+    """The keys of its state; not by `state_dict`, which may gather shards."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names | {name for name, _ in model.named_buffers(remove_duplicate=False)}
+
+
+def _form_with(model: PreTrainedModel, names: set[str]) -> Form | None:
+    """The first form, of those that compute this model, that has tensors of all these names."""
+    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
+    twins = [twin for twin in TWINS.values() if model.config.model_type in twin.backbones]
+    forms = [Form(twin=twin) for twin in twins if twin.refuses(model.config, layers) is None]
+    forms.append(Form())
+    return next((form for form in forms if names <= {slot.name for slot in form.slots(model)}), None)
+
+
+def _require_no_half(model: PreTrainedModel, given: set[str], unknown: set[str]) -> None:
+    """`ModelError` if part of a state is this model's, and part is what stands elsewhere for its experts."""
+    places, known = family_of(model.config).places(model.config), given - unknown
+    for layer in moe_layers(model):
+        inside, path = f"{places[layer].layer}.", f"{moe_path(places[layer])}."
+        strange = sorted(name for name in unknown if name.startswith(inside))
+        if known and strange and not any(name.startswith(path) for name in known):
+            raise ModelError(
+                f"load_state_dict: layer {layer} has {some(strange)}, and nothing for its experts: these are weights "
+                "of another model, or of a format that does not compute this one; load their folder with load_model"
+            )
+
+
+def _tensor(model: PreTrainedModel, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    tensor: Tensor = getattr(model.get_submodule(path), last)
+    return tensor.detach()
+
+
+def _bytes_of(size: int | str) -> int:
+    """A number of bytes, or one with a unit as in 5GB or 5GiB."""
+    try:
+        found: int = convert_file_size_to_int(size)
+    except ValueError:
+        found = 0
+    if found <= 0:
+        raise UsageError(f"max_shard_size={size!r}: give a number of bytes, or a whole number with a unit as in 5GB")
+    return found
