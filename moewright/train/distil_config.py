@@ -33,13 +33,13 @@ class DistilConfig:
     layers_at_once: int = 8
     """Layers trained side by side: more take more memory, fewer more passes of the dense model over the text."""
 
-    batch_size: int = 8
-    """Sequences an optimiser step."""
+    batch_size: int = 1
+    """Sequences an optimiser step. So few tokens are read that more of them would leave too few steps."""
 
     sequence_length: int = 512
     """Tokens the dense model reads at once."""
 
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """The peak: after a warm-up of a twentieth of the steps, and before a cosine down to a tenth of it."""
 
     router_learning_rate_ratio: float = 1.0
