@@ -240,12 +240,13 @@ def _json_ready(value: Any) -> Any:
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
     """Look for no garbage meanwhile, nor later in what has come: it took a fifth of an upcycling; libraries stay."""
-    new = "torch" not in sys.modules
+    new, enabled = "torch" not in sys.modules, gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
         if new:  # in a process that calls `main` again and again, what is garbage by then would stay too
             gc.freeze()
 
@@ -281,7 +282,9 @@ def _lacking(error: Exception) -> str | None:
     """``memory`` or ``disk space`` if that is what the error reports; torch says it only in its messages."""
     if isinstance(error, MemoryError):
         return "memory"
-    if isinstance(error, RuntimeError) and re.search(r"(not enough|out of|can't allocate) memory", str(error)):
+    if isinstance(error, RuntimeError) and re.search(
+        r"(not enough|out of|can't allocate) memory|bad_alloc", str(error)
+    ):
         return "memory"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "disk space"

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moewright.checkpoint.files import MAX_JSON_BYTES
-from moewright.checkpoint.read import ModelFolder
-from moewright.checkpoint.tensorfile import DTYPES, read_header, read_tensor
+from moewright.checkpoint.read import GRAIN, ModelFolder
+from moewright.checkpoint.tensorfile import DTYPES, LazyTensor, read_header, read_tensor
+from moewright.checkpoint.write import FolderWriter
 from moewright.errors import ModelError
 from tests.models import tiny_model
 
@@ -509,3 +510,19 @@ def test_an_unreadable_file_is_one_line(folder: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Path, "read_bytes", denied)
     refused(folder, "cannot be read", "Permission denied")
+
+
+def test_reading_leaves_torchs_threads_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other threads of the program see the number, and what is NaN is found wherever it stands."""
+    monkeypatch.setattr(torch, "set_num_threads", None)
+    folder = tmp_path / "model"
+    for place in (0, GRAIN - 1, GRAIN, 3 * GRAIN + 1):
+        tensor = torch.zeros(3 * GRAIN + 2)
+        tensor[place] = torch.nan
+        with FolderWriter(folder, overwrite=True) as writer:
+            writer.write_json("config.json", {"model_type": "llama"})
+            writer.write_tensors({"a": LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)})
+            writer.commit({})
+        with pytest.raises(ModelError, match="holds NaN or Inf"):
+            ModelFolder(folder).read("a")
+        assert ModelFolder(folder, allow_nonfinite=True).read("a")[place].isnan()

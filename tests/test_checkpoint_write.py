@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from moewright.checkpoint.check import tree_hash
+from moewright.checkpoint.check import RUN, tree_hash
 from moewright.checkpoint.files import LARGE_BYTES, HashedFile
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
@@ -48,11 +48,11 @@ def tensors_of(value: float) -> dict[str, Tensor]:
     return {f"layer.{i}": torch.full((4, 8), value + i) for i in range(16)}
 
 
-def write(target: Path, value: float = 0.0, **options: Any) -> Path:
-    """A folder with sixteen tensors in two shards."""
+def write(target: Path, value: float = 0.0, *, max_shard_bytes: int = 1100, **options: Any) -> Path:
+    """A folder with sixteen tensors, by default in two shards."""
     with FolderWriter(target, **options) as writer:
         writer.write_json("config.json", CONFIG | {"value": value})
-        writer.write_tensors(lazily(tensors_of(value)), max_shard_bytes=1100)
+        writer.write_tensors(lazily(tensors_of(value)), max_shard_bytes=max_shard_bytes)
         return writer.commit({"recipe": "test"})
 
 
@@ -149,6 +149,13 @@ def test_the_hash_of_weights(tmp_path: Path) -> None:
     assert tree_hash(tmp_path / "with") == found["sha256_tree"]
 
 
+def test_a_file_of_many_leaves_is_checked_in_runs(tmp_path: Path) -> None:
+    count = 3 * RUN + 5
+    lazy = lazily({"many": torch.arange(count * 2, dtype=torch.int16).view(count, 1, 2)})
+    found = write_tensor_file(tmp_path / "file", lazy)
+    assert tree_hash(tmp_path / "file") == found["sha256_tree"]
+
+
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.sampled_from([None, "a", "b"])), min_size=1),
     st.lists(st.integers(1, 20), min_size=1),
@@ -173,7 +180,7 @@ def test_a_known_leaf_is_not_hashed_again() -> None:
     assert hasher.hexdigest() == root([hashlib.sha256(b"abc").digest()] * 2)
 
 
-@pytest.mark.parametrize("damage", ["flip", "header", "shorter", "missing", "unlisted"])
+@pytest.mark.parametrize("damage", ["flip", "header", "link", "shorter", "missing", "unlisted"])
 def test_damage_is_found_by_the_checksums(tmp_path: Path, damage: str) -> None:
     out = write(tmp_path / "out")
     ModelFolder(out).verify_checksums()
@@ -188,6 +195,13 @@ def test_damage_is_found_by_the_checksums(tmp_path: Path, damage: str) -> None:
         before = ModelFolder(out)
         file.write_bytes(data)
         with pytest.raises(ModelError, match="another SHA-256"):
+            before.verify_checksums()
+        return
+    elif damage == "link":
+        before = ModelFolder(out)  # linked after it was opened, or a file that is listed and not opened
+        (out / "config.json").rename(tmp_path / "config.json")
+        (out / "config.json").symlink_to(tmp_path / "config.json")
+        with pytest.raises(ModelError, match="a link that leads out of the folder"):
             before.verify_checksums()
         return
     elif damage == "shorter":
@@ -614,8 +628,9 @@ def test_into_a_folder_that_does_not_exist_or_that_cannot_be(tmp_path: Path) -> 
         write(tmp_path / "file", into=True)
     (tmp_path / "new" / "model-00001-of-00002.safetensors").unlink()
     (tmp_path / "new" / "model-00001-of-00002.safetensors").mkdir()
-    with pytest.raises(ModelError, match=r"a folder model-00001-of-00002.* is in the way"):
-        write(tmp_path / "new", into=True)
+    for shard_bytes in (1100, 10**6):  # as a file that comes, and as one that goes
+        with pytest.raises(ModelError, match=r"a folder model-00001-of-00002.* is in the way"):
+            write(tmp_path / "new", into=True, max_shard_bytes=shard_bytes)
     assert (tmp_path / "new" / "config.json").exists()
     assert not (tmp_path / "new" / ".moewright-tmp").exists()
 
@@ -638,6 +653,71 @@ def test_a_move_that_fails_is_finished_by_the_next_writer(tmp_path: Path, monkey
     with FolderWriter(out, into=True):
         pass
     assert value_of(out) == 2.0
+
+
+def leave(folder: Path, files: dict[str, Any]) -> Path:
+    """A temporary folder in `folder`, as a killed save could have left it, or somebody who means no good."""
+    work = folder / ".moewright-tmp"
+    work.mkdir(parents=True)
+    for name, value in files.items():
+        (work / name).write_text(json.dumps(value))
+    return work
+
+
+@pytest.mark.parametrize("record", [{"files": {"../../precious": {"bytes": 4, "sha256": "x"}}}, {}, {"files": 3}])
+def test_a_leftover_that_we_did_not_leave_moves_nothing(tmp_path: Path, record: dict[str, Any]) -> None:
+    out = tmp_path / "a" / "out"
+    leave(out, {"config.json": CONFIG, "moewright.json": record})
+    (tmp_path / "a" / "precious").write_text("new")
+    (tmp_path / "precious").write_text("old")
+    with pytest.raises(ModelError, match="we did not leave it like that"):
+        write(out, into=True)
+    assert (tmp_path / "precious").read_text() == "old"
+    assert (tmp_path / "a" / "precious").read_text() == "new"
+
+
+def test_a_leftover_link_is_not_moved(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    record = {"bytes": 1, "sha256": "x"}
+    work = leave(out, {"moewright.json": {"files": {"config.json": record}}})
+    (work / "config.json").symlink_to("/etc/hostname")
+    with pytest.raises(ModelError, match=r"config\.json is a link"):
+        write(out, into=True)
+
+
+def test_half_a_model_is_not_taken_for_one_that_was_to_be_moved(tmp_path: Path) -> None:
+    """An old record in the target says nothing of the new files; its config, if it is the same, comes back."""
+    out = write(tmp_path / "out", 1.0)
+    good = content(out)
+    (out / "config.json").unlink()  # by hand, say
+    work = leave(out, {"config.json": CONFIG | {"value": 2.0}})
+    (work / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    with pytest.raises(RuntimeError, match="fails, too"), FolderWriter(out, into=True):
+        raise RuntimeError("fails, too")
+    assert content(out) == {name: data for name, data in good.items() if name != "config.json"}
+    (leave(out, {}) / "config.json").write_bytes(good["config.json"])
+    with pytest.raises(RuntimeError, match="fails, too"), FolderWriter(out, into=True):
+        raise RuntimeError("fails, too")
+    assert content(out) == good
+
+
+def test_a_save_that_fails_after_a_mend_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = write(tmp_path / "out", 1.0)
+    rename = os.rename
+
+    def failing(source: Any, target: Any) -> None:
+        if str(target).endswith("config.json"):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(ModelError, match="Input/output error"):
+            write(out, 2.0, into=True)
+    with pytest.raises(RuntimeError, match="fails, too"), FolderWriter(out, into=True):
+        raise RuntimeError("fails, too")
+    assert value_of(out) == 2.0
+    assert not (out / ".moewright-tmp").exists()
 
 
 def kill_into(folder: Path, arm: Callable[[], None]) -> None:

@@ -235,6 +235,7 @@ def test_a_bad_option_is_one_line(line: str, message: str, capsys: pytest.Captur
             5,
             "out of mem",
         ),
+        (RuntimeError("std::bad_alloc"), 5, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes"), 5, "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), 5, "out of disk space: [Errno 28] No space left"),
         (

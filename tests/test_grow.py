@@ -457,6 +457,8 @@ SMOLLM2 = Sizes(hidden_size=576, intermediate_size=1536, layers=30, heads=9, kv_
         ({"hidden_size": 1000}, "use 960, 1152, 1344$"),
         ({"intermediate_size": 1535}, "intermediate_size=1535: the source has 1536.*use 1536 or more"),
         ({"layers": 29}, "layers=29: the source has 30"),
+        ({"layers": 10**8}, "layers=100000000: more than 64 times the source's; use at most 1920"),
+        ({"intermediate_size": 10**10}, "more than 64 times the source's"),
         ({"hidden_size": 576, "layers": 30}, "nothing grows: every size is the source's"),
     ],
 )

@@ -2,14 +2,19 @@
 
 import hashlib
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO, Final
 
-from moewright.checkpoint.files import CHUNK_BYTES, FileRecord, record_of
+from moewright.checkpoint.files import LARGE_BYTES, FileRecord, record_of
 from moewright.checkpoint.tensorfile import read_header
 from moewright.checkpoint.tree import leaf_sizes, root
 from moewright.errors import ModelError
+
+RUN: Final = 64
+"""Leaves that a thread hashes in one go: a file may have a great many small ones."""
 
 
 def difference(path: Path, expected: FileRecord) -> str | None:
@@ -40,16 +45,23 @@ def tree_hash(path: Path) -> str:
     infos = read_header(path).values()
     first = min((info.start for info in infos), default=path.stat().st_size)
     sizes = [first, *(size for info in infos for size in leaf_sizes(info.shape, info.dtype.itemsize))]
-    starts = accumulate(sizes, initial=0)
+    leaves = list(zip(accumulate(sizes, initial=0), sizes, strict=False))
+    runs = [leaves[at : at + RUN] for at in range(0, len(leaves), RUN)]
 
-    def leaf(start: int, size: int) -> bytes:
-        found = hashlib.sha256()
+    def hashed(run: list[tuple[int, int]]) -> list[bytes]:
         with path.open("rb") as file:
-            file.seek(start)
-            while size and (chunk := file.read(min(CHUNK_BYTES, size))):
-                found.update(chunk)
-                size -= len(chunk)
-        return found.digest()
+            return [_leaf(file, start, size) for start, size in run]
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return root(threads.map(leaf, starts, sizes))
+    # Not all that the machine has: a job may have been given few of them.
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    with ThreadPoolExecutor(cores) as threads:
+        return root(leaf for found in threads.map(hashed, runs) for leaf in found)
+
+
+def _leaf(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    found = hashlib.sha256()
+    while size and (chunk := file.read(min(LARGE_BYTES, size))):
+        found.update(chunk)
+        size -= len(chunk)
+    return found.digest()

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import os
 import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from moewright.checkpoint.check import difference
 from moewright.checkpoint.files import file_inside, parse_records, read_json, reading, record_of, some
-from moewright.checkpoint.tensorfile import TensorInfo, one_thread, read_header, read_tensor
+from moewright.checkpoint.tensorfile import TensorInfo, read_header, read_tensor
 from moewright.errors import ModelError
 
+GRAIN = 2**15  # elements; from here on torch uses several threads
 CONFIG = "config.json"
 RECORD = "moewright.json"
 WEIGHTS = "model.safetensors"
@@ -95,9 +97,9 @@ class ModelFolder:
             tensor = read_tensor(self.tensors[name])
         if not self.allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
             # The extremes tell (NaN spreads to both) and, unlike isfinite, need no mask of the tensor's size.
-            with one_thread():
-                low, high = torch.aminmax(tensor)
-            if not (math.isfinite(low) and math.isfinite(high)):
+            # Pieces that torch does not share out: its threads would spin against ours, which hash.
+            extremes = (torch.aminmax(piece) for piece in tensor.view(-1).split(GRAIN))
+            if not all(math.isfinite(low) and math.isfinite(high) for low, high in extremes):
                 raise ModelError(
                     f"{self.tensors[name].file}: tensor {name} holds NaN or Inf; use an undamaged model "
                     "(upcycle --allow-nonfinite takes it as it is)"
@@ -164,7 +166,9 @@ class ModelFolder:
         if unlisted:
             raise ModelError(f"{self.path}: {RECORD} does not list {some(unlisted)}; write the folder again")
         for name, record in records.items():
-            what = difference(self.path / name, record)
+            with reading(self.path):
+                there = os.path.lexists(self.path / name)
+                what = difference(file_inside(self.path, name) if there else self.path / name, record)
             if what is not None:
                 raise ModelError(f"{self.path}: {what}; write the folder again, or delete {RECORD} if that was you")
 

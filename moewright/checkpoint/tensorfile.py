@@ -62,7 +62,8 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor | Iterable[Tensor]]
-    """Makes exactly this shape and dtype, or pieces of the dtype that, one after the other, fill its memory."""
+    """Makes exactly this shape and dtype, or pieces of the dtype that, one after the other, fill its memory.
+    A piece is written while the next one is made: it must not be changed before the one after that is asked for."""
     keys: tuple[Hashable, ...] = ()
     """For each leaf of the file's hash (`tree.py`): leaves with an equal key hold equal bytes; None says nothing."""
 
@@ -146,21 +147,6 @@ def read_tensor(info: TensorInfo) -> Tensor:
     if found != len(data):
         raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
     return data.view(info.dtype).reshape(info.shape)
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch pass over a tensor without its other threads.
-
-    What is read and written is hashed meanwhile by threads of ours, which OpenMP's would spin against; one passes
-    over a tensor many times faster than it is hashed.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _memory(size: int) -> Tensor:
@@ -248,7 +234,6 @@ def _write_piece(file: HashedFile, name: str, lazy: LazyTensor, pieces: Iterator
     if piece is None:
         return None
     assert piece.dtype == lazy.dtype, f"{name}: a piece of {piece.dtype} was made, {lazy.dtype} announced"
-    with one_thread():
-        data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    data = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     file.write(data.numpy().data)
     return len(data)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from moewright.checkpoint.files import (
     write_bytes,
     writing,
 )
+from moewright.checkpoint.into import finish_move, move, plan_move
 from moewright.checkpoint.lock import lock_folder
 from moewright.checkpoint.read import CONFIG, INDEX, INSIDE, RECORD, WEIGHTS, interrupted_name
 from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
@@ -55,7 +55,6 @@ COMPANIONS = (
 
 
 SHARD_BYTES = 5 * 10**9
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class FolderWriter:
@@ -197,7 +196,9 @@ class FolderWriter:
             # Whole or not there: it says that everything before it was written.
             replace_text(self.path / RECORD, json_bytes({**record, "files": self._records}).decode())
             if self._into:
-                self._move_in()
+                plan = plan_move(self.path, self._home)
+                self._moving = True  # from here on the temporary folder may hold what the target lacks
+                move(self.path, self._home, plan)
                 remove(self.path)
                 self._committed = True
                 return self.target
@@ -208,29 +209,6 @@ class FolderWriter:
             sync(self._home.parent)
             remove(self._old)
         return self.target
-
-    def _move_in(self) -> None:
-        """Put the files of the new model into the target: its config.json goes first, and the new one comes last.
-
-        What was interrupted half-way is finished by being done once more.
-        """
-        record = self.path / RECORD
-        files = read_json(record if record.exists() else self._home / RECORD)["files"]
-        coming = [name for name in (RECORD, *sorted(files.keys() - {CONFIG}), CONFIG) if (self.path / name).exists()]
-        for name in coming:
-            if (self._home / name).is_dir():
-                raise ModelError(f"{self.target}: a folder {name} is in the way; choose another folder, or move it")
-        self._moving = True
-        (self._home / CONFIG).unlink(missing_ok=True)
-        sync(self._home)
-        for file in list(self._home.iterdir()):
-            if (file.name in (WEIGHTS, INDEX) or SHARD.fullmatch(file.name)) and file.name not in files:
-                file.unlink()
-        for name in coming:
-            if name == CONFIG:
-                sync(self._home)
-            (self.path / name).rename(self._home / name)
-        sync(self._home)
 
     def _written(self) -> set[str]:
         return {file.name for file in self.path.iterdir()}
@@ -243,7 +221,9 @@ class FolderWriter:
         if self._into or not any(self._home.iterdir()):
             return
         if not self._overwrite:
-            raise ModelError(f"{self.target}: exists and is not empty; choose another folder, or allow to overwrite it")
+            raise ModelError(
+                f"{self.target}: exists and is not empty; choose another folder, or overwrite it (--overwrite)"
+            )
         if not (self._home / CONFIG).is_file():  # --overwrite with a mistyped path must not cost someone their files
             raise ModelError(f"{self.target}: has no {CONFIG}, so it is no model folder; it is not overwritten")
 
@@ -275,9 +255,10 @@ class FolderWriter:
 
     def _mend(self) -> None:
         """Finish or undo what was interrupted between its renames."""
-        moving = self._into and (self.path / CONFIG).exists() and not (self._home / CONFIG).exists()
-        if moving and any((folder / RECORD).exists() for folder in (self.path, self._home)):  # all had been written
-            self._move_in()
+        if self._into:
+            self._moving = True
+            finish_move(self.path, self._home)
+            self._moving = False
         if not self._old.exists():
             return
         if (self._home / RECORD).exists():  # the new model arrived, and only the deletion is missing

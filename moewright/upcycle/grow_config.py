@@ -7,6 +7,9 @@ from moewright.errors import UsageError
 
 WIDTHS = ("fpi", "aki")
 DEPTHS = ("interpolate", "stack")
+MOST = 64
+"""Times a size that growth reaches in one step: what is far beyond is a slip of the keyboard, and would be planned for
+hours."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ def hidden_step(source: Sizes) -> int:
 
 def grown_sizes(config: GrowConfig, source: Sizes) -> Sizes:
     """The sizes that `config` asks for; `UsageError` names those that can be reached instead."""
+    for name in ("hidden_size", "intermediate_size", "layers"):
+        found, most = getattr(config, name), MOST * getattr(source, name)
+        if found is not None and found > most:
+            raise UsageError(f"{name}={found}: more than {MOST} times the source's; use at most {most}, or grow again")
     for name in ("intermediate_size", "layers"):
         found, least = getattr(config, name), getattr(source, name)
         if found is not None and found < least:
