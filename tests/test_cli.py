@@ -63,10 +63,13 @@ def test_inspect_prints_lines_and_tables(library: Library, capsys: pytest.Captur
         "parameters": {"total": 134515008, "share": 0.12345678},
         "layers": [{"layer": 0, "sparse": True}, {"layer": 1, "sparse": False}],
         "note": None,
+        "problems": [],
     }
     library("backbone.inspect", inspect_folder=lambda folder, checksums: facts)
     assert cli.main(["inspect", "folder"]) == 0
-    assert [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip("─ ")] == [
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) < 60, "no line is filled up to the width of the terminal"
+    assert [line.strip() for line in shown if line.strip("─ ")] == [
         "architecture  [llama]",
         "parameters:",
         "total  134,515,008",
@@ -75,7 +78,8 @@ def test_inspect_prints_lines_and_tables(library: Library, capsys: pytest.Captur
         "layer   sparse",
         "0   yes",
         "1   no",
-        "note  -",
+        "note      -",
+        "problems  none",
     ]
 
 

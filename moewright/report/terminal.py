@@ -22,11 +22,12 @@ def layout(values: Mapping[str, Any]) -> RenderableType:
     for name, value in values.items():
         label = name.replace("_", " ")
         if isinstance(value, Mapping):
-            block: RenderableType = Padding(layout(value), (0, 0, 0, 2))
+            block: RenderableType = Padding(layout(value), (0, 0, 0, 2), expand=False)
         elif isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
             block = _table(value)
         else:
-            lines.add_row(Text(label), Text(format_value(value)))
+            empty = isinstance(value, list | tuple) and not value
+            lines.add_row(Text(label), Text("none" if empty else format_value(value)))
             continue
         blocks += [lines, Text(f"{label}:", style="bold"), block]
         lines = _grid()
