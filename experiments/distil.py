@@ -87,6 +87,10 @@ def _perplexity(reference: Reference, folder: Path, top_k: int) -> float:
     return reference.compare(model, granularity=1).sparse_perplexity
 
 
+def _short(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.1e}"
+
+
 def tables(result: dict[str, Any]) -> dict[str, str]:
     """The table of the page, in Markdown, by the name of its place."""
     layers, parameters, made = result["layers"], result["parameters"], result["made"]
@@ -97,13 +101,14 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for row, b, a in zip(result["rows"], before, after, strict=True):
-        lines.append(f"| {row['top_k']} | {b:.3f} | {a:.3f} | {row['before']:.2f} | {row['after']:.2f} |")
+        perplexities = f"{_short(row['before'])} | {_short(row['after'])}"
+        lines.append(f"| {row['top_k']} | {b:.3f} | {a:.3f} | {perplexities} |")
     counts = sorted(Counter(row["top_k"] for row in layers).items())
     chosen = (
         f"Chosen for a tolerance of {TOLERANCE:g}: {', '.join(f'{k} experts in {n} layers' for k, n in counts)}; "
         f"{sum(row['trained'] for row in layers)} of {len(layers)} layers took the trained weights. Active parameters "
         f"{parameters['active'] / 1e6:.1f} million of {parameters['active_before'] / 1e6:.1f}, perplexity "
-        f"{result['chosen_perplexity']:.2f}; the dense model has {result['dense_perplexity']:.2f}."
+        f"{_short(result['chosen_perplexity'])}; the dense model has {result['dense_perplexity']:.2f}."
     )
     lines += ["", chosen, "", f"{made['versions']}, {made['machine']}, {made['date']}."]
     return {"distil smollm2": "\n".join(lines)}

@@ -94,6 +94,17 @@ def test_training_page_shows_the_results():
     assert renewed(page, experiment_.tables(result)) == page, "run python experiments/router_rate.py --tables"
 
 
+def test_distillation_page_shows_the_results():
+    distil = experiment("distil")
+    page, result = distil.PAGE.read_text(encoding="utf-8"), json.loads(distil.RESULT.read_text(encoding="utf-8"))
+    assert renewed(page, distil.tables(result)) == page, "run python experiments/distil.py --tables"
+    assert result["settings"] == dataclasses.asdict(distil.CONFIG)
+    # What the page says of it.
+    before, after = (sum(row[f"errors_{when}"][3] for row in result["layers"]) for when in ("before", "after"))
+    assert after < before / 3
+    assert max(row["errors_before"][7] for row in result["layers"]) < 1e-9
+
+
 def test_growing_page_shows_the_results():
     grow = experiment("grow")
     page, result = grow.PAGE.read_text(encoding="utf-8"), json.loads(grow.RESULT.read_text(encoding="utf-8"))
