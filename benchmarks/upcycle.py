@@ -32,7 +32,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
 from benchmarks.measure import environment, say
-from moewright.checkpoint import FolderWriter, LazyTensor, ModelFolder
+from moewright.checkpoint.read import ModelFolder
+from moewright.checkpoint.tensorfile import LazyTensor
+from moewright.checkpoint.write import FolderWriter
 from moewright.errors import UsageError
 
 ROOT = Path(__file__).parents[1]

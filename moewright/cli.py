@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from moewright.checkpoint.ahead import hash_ahead
 from moewright.errors import MoewrightError, ResourceError
 from moewright.options import parse
 from moewright.train.distil_config import DistilConfig
@@ -83,6 +84,7 @@ def inspect(args: argparse.Namespace) -> Facts:
 
 
 def upcycle(args: argparse.Namespace) -> Facts:
+    hashes = None if args.dry_run else hash_ahead(args.source)  # on another core, while this one imports
     with _importing():
         import torch
 
@@ -103,6 +105,7 @@ def upcycle(args: argparse.Namespace) -> Facts:
             dry_run=args.dry_run,
             overwrite=args.overwrite,
             allow_nonfinite=args.allow_nonfinite,
+            hashes=hashes,
             track=track,
         )
     return report.as_dict()

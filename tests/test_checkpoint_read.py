@@ -8,6 +8,8 @@ import random
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moewright.checkpoint.ahead import hash_ahead
 from moewright.checkpoint.files import MAX_JSON_BYTES
 from moewright.checkpoint.read import GRAIN, ModelFolder
 from moewright.checkpoint.tensorfile import DTYPES, LazyTensor, read_header, read_tensor
@@ -475,16 +478,27 @@ def test_fingerprint(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_begun_early(folder: Path) -> None:
-    model, late, whole = ModelFolder(folder), ModelFolder(folder), (folder / WEIGHTS).read_bytes()
-    model.start_fingerprint()
-    assert model.fingerprint() == model.fingerprint() == late.fingerprint()
-    damaged = ModelFolder(folder)
+    late, whole = ModelFolder(folder).fingerprint(), (folder / WEIGHTS).read_bytes()
+    model = ModelFolder(folder, hashes=hash_ahead(folder))
+    assert model.fingerprint() == model.fingerprint() == late
+    # What changes after it was hashed is hashed again.
+    hashes = hash_ahead(folder)
+    hashes.record_of(folder / WEIGHTS)
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(changed)
+    assert ModelFolder(folder, hashes=hashes).fingerprint() == ModelFolder(folder).fingerprint() != late
+    damaged = ModelFolder(folder, hashes=hash_ahead(folder))
     (folder / WEIGHTS).unlink()
-    damaged.start_fingerprint()
     with pytest.raises(ModelError, match="cannot be read"):
         damaged.fingerprint()
     (folder / WEIGHTS).write_bytes(whole)
-    assert damaged.fingerprint() == late.fingerprint()
+    assert damaged.fingerprint() == late
+
+
+def test_hashing_ahead_needs_no_torch() -> None:
+    code = "import sys, moewright.checkpoint.ahead; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moewright.checkpoint import ModelFolder, load_state, newest_state, save_state
+from moewright.checkpoint.read import ModelFolder
+from moewright.checkpoint.state import load_state, newest_state, save_state
 from moewright.errors import CheckpointError, ModelError
 from moewright.moe.config import ROUTER_ORDERS, MoEConfig
 from moewright.moe.layer import MoELayer

@@ -1,11 +1,9 @@
 """Reading Hugging Face model folders that we did not write, and do not trust."""
 
-import contextlib
 import functools
 import hashlib
 import math
 import os
-import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moewright.checkpoint.ahead import HashesAhead
 from moewright.checkpoint.check import difference
 from moewright.checkpoint.files import file_inside, parse_records, read_json, reading, record_of, some
 from moewright.checkpoint.tensorfile import TensorInfo, read_header, read_tensor
@@ -46,7 +45,8 @@ class ModelFolder:
     no code that a folder names is ever run. ``record`` is moewright.json, or None in a folder that we did not write.
     ``tensors`` lists the tensors in the order of their files and of their bytes.
 
-    Tensors that hold NaN or Inf are refused when they are read, unless ``allow_nonfinite``.
+    Tensors that hold NaN or Inf are refused when they are read, unless ``allow_nonfinite``. ``hashes`` are those of its
+    files, if they are computed already.
 
     ModelError if the folder is missing, empty, damaged, quantised, holds only pickled weights, or names a file
     outside itself. Files are opened anew for each read, so nothing needs to be closed.
@@ -57,10 +57,10 @@ class ModelFolder:
     record: dict[str, Any] | None
     tensors: dict[str, TensorInfo]
 
-    def __init__(self, path: str | Path, *, allow_nonfinite: bool = False) -> None:
+    def __init__(self, path: str | Path, *, allow_nonfinite: bool = False, hashes: HashesAhead | None = None) -> None:
         self.path = Path(path)
         self.allow_nonfinite = allow_nonfinite
-        self._hashing: threading.Thread | None = None
+        self._hashes = hashes
         self._fingerprint: str | None = None
         self._told_of_dtypes = False
         with reading(self.path):
@@ -127,29 +127,15 @@ class ModelFolder:
         """Number of elements in the files, a tensor that is tied and stored once counted once."""
         return sum(math.prod(info.shape) for info in self.tensors.values())
 
-    def start_fingerprint(self) -> None:
-        """Begin to compute ``fingerprint`` in a thread that does not keep the process alive."""
-
-        def work() -> None:
-            with contextlib.suppress(OSError):  # it will come again, and in the caller's thread
-                self._fingerprint = self._hash_files()
-
-        self._hashing = threading.Thread(target=work, daemon=True)
-        self._hashing.start()
-
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over config.json and the weight files; reads every byte, a chunk at a time."""
-        if self._hashing is not None:
-            self._hashing.join()
+        """SHA-256 (hex) over config.json and the weight files; reads every byte that was not hashed ahead."""
         if self._fingerprint is None:
+            files = {file.name: file for file in (self.path / CONFIG, *self._weight_files())}
             with reading(self.path):
-                self._fingerprint = self._hash_files()
+                found = {name: (self._hashes.record_of if self._hashes else record_of)(files[name]) for name in files}
+            text = "".join(f"{found[name]['sha256']}  {name}\n" for name in sorted(files))
+            self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
         return self._fingerprint
-
-    def _hash_files(self) -> str:
-        files = {file.name: file for file in (self.path / CONFIG, *self._weight_files())}
-        text = "".join(f"{record_of(files[name])['sha256']}  {name}\n" for name in sorted(files))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def verify_checksums(self) -> None:
         """Compare every file that moewright.json lists with its size and SHA-256; nothing to do without a record.

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moewright.backbone.folder import fill
+from moewright.checkpoint.ahead import HashesAhead, hash_ahead
 from moewright.checkpoint.files import record_of, require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
@@ -59,19 +60,22 @@ def upcycle_folder(
     dry_run: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    hashes: HashesAhead | None = None,
     track: Callable[[int], Callable[[int], None]] | None = None,
 ) -> UpcycleReport:
     """Write a dense folder as a mixture of experts, one tensor at a time.
 
     With `verify_text` the result is compared with its source before it is committed, in the dtype
     written and, if that is another, in float32, and the comparison goes into `moewright.json`.
-    A `dry_run` writes nothing. `track(total)` is called once with the bytes to write and returns what is
-    called with the bytes of each tensor written.
+    A `dry_run` writes nothing. `hashes` are those of the source, if they were begun before. `track(total)` is called
+    once with the bytes to write and returns what is called with the bytes of each tensor written.
 
     Raises `UsageError`, `ModelError`, `DataError` and `ResourceError`; then nothing is left behind.
     """
     source, target = Path(source), Path(target)
-    folder = ModelFolder(source, allow_nonfinite=allow_nonfinite)
+    if hashes is None and not dry_run:
+        hashes = hash_ahead(source)
+    folder = ModelFolder(source, allow_nonfinite=allow_nonfinite, hashes=hashes)
     writer = FolderWriter(target, overwrite=overwrite, sources=[source, *map(Path, config.siblings)])
     plan = UpcyclePlan(folder, config, dtype=dtype, format=format)
     vocabulary = plan.backbone.vocab_size
@@ -85,7 +89,6 @@ def upcycle_folder(
         summary["free_bytes"] = shutil.disk_usage(disk).free
         return UpcycleReport(target, False, summary, _layers(plan, []), [])
     comparisons: list[Comparison] = []
-    folder.start_fingerprint()
     with writer:
         writer.write_json("config.json", plan.config_fields())
         advance = track(summary["bytes"]) if track else None
