@@ -90,6 +90,7 @@ def test_upcycle_hands_every_option_to_the_library(library: Library) -> None:
 
     def upcycle_folder(source: Path, target: Path, config: UpcycleConfig, **options: Any) -> Result:
         assert callable(options.pop("track"))
+        assert (options.pop("hashes") is None) == options["dry_run"]
         calls.append((source, target, config, options))
         return Result(steps=0, out=target)
 
