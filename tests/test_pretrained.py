@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import hub
 
@@ -237,6 +237,26 @@ def test_copies_save_themselves(tmp_path):
     assert not other.lm_head.weight.any()
     other.load_state_dict(load_file(tmp_path / "1" / "model.safetensors"))
     same_state(other, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("mixtral", ["model"]), ("moewright, inline", ["model", "model.encoder", "model.decoder"]),
+                        ("switch_transformers", ["encoder", "decoder"])]
+)  # fmt: skip
+def test_a_part_of_a_model_does_not_save_itself(tmp_path, kind, parts):
+    model, dense = model_of(kind), tiny_model(KINDS[kind][0], **KINDS[kind][2])
+    taken = graft(dense, {layer: moe.config for layer, moe in moe_layers(model).items()})
+    for whole in (model, copy.deepcopy(model), copy.copy(model), dense):
+        inside = [name for name, module in whole.named_modules() if name and isinstance(module, PreTrainedModel)]
+        assert inside == parts
+        for part in map(whole.get_submodule, parts):
+            with pytest.raises(UsageError, match=r"is a part of a model with MoE.*save the whole") as caught:
+                part.save_pretrained(tmp_path / "out")
+            assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    ungraft(dense, taken)
+    plain = tiny_model(KINDS[kind][0], **KINDS[kind][2])
+    assert all(type(dense.get_submodule(name)) is type(plain.get_submodule(name)) for name in ("", *parts))
 
 
 class Louder(nn.Module):
