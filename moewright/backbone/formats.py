@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moewright.backbone.decoder_twins import DECODERS
 from moewright.backbone.family import FAMILIES, backbone_config, dense_families
 from moewright.backbone.seq2seq_twins import SEQ2SEQ
-from moewright.backbone.twin import Layers, Twin, dense_fields
+from moewright.backbone.twin import Layers, Twin, dense_fields, truth
 from moewright.errors import ModelError, UsageError
 from moewright.moe.config import MoEConfig
 
@@ -154,7 +154,7 @@ def says_tied(fields: Mapping[str, Any]) -> bool:
     if fields["model_type"] == OWN:
         return True  # unless the backbone's own config says otherwise
     default = CONFIG_MAPPING[fields["model_type"]]().tie_word_embeddings
-    return bool(fields.get("tie_word_embeddings", default))
+    return truth(fields, "tie_word_embeddings", default=default, what=fields["model_type"])
 
 
 def is_sparse(fields: Mapping[str, Any]) -> bool:
