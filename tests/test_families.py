@@ -206,6 +206,10 @@ def test_changes_of_sparse_layers_and_dtype_are_taken(tmp_path):
         ({"output_router_logits": True}, "output_router_logits=True: .* does not hear"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok=1: .* does not hear"),
         ({"rope_theta": 5.0}, "rope_theta=5.0: .* does not hear"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu': the experts do not hear .* activation in sparse_layers"),
+        ({"intermediate_size": 999}, "intermediate_size=999: the experts .* expert_size in sparse_layers"),
+        ({"mlp_bias": True}, "mlp_bias=True: the experts do not hear .* expert_bias in sparse_layers"),
+        ({"rms_norm_eps": "abc"}, "rms_norm_eps: no llama config can be changed so: .*expected float"),
     ],
 )
 @pytest.mark.parametrize("way", ["argument", "attribute", "backbone"])
@@ -222,6 +226,30 @@ def test_changes_that_nothing_follows_are_refused_by_name(tmp_path, changes, wor
     with pytest.raises(UsageError, match=words) as caught:
         AutoModelForCausalLM.from_pretrained(folder, config=config, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gemma2", {"hidden_activation": "relu"}),
+        ("gpt_neox", {"hidden_act": "relu", "intermediate_size": 999}),
+        ("bart", {"activation_function": "relu", "encoder_ffn_dim": 999, "decoder_ffn_dim": 999}),
+        ("mt5", {"feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False, "d_ff": 999}),
+    ],
+)
+def test_what_only_dense_blocks_hear_is_refused_where_all_layers_are_sparse(tmp_path, model_type, changes):
+    model = grafted(model_type, dict.fromkeys(range(len(TABLE[model_type].stacks) * 2), moe_of(model_type)))
+    folder = save_model(model, tmp_path / "own", format="moewright")
+    auto = AutoModelForSeq2SeqLM if TABLE[model_type].seq2seq else AutoModelForCausalLM
+    for name, value in changes.items():
+        with pytest.raises(UsageError, match=f"{name}=.*the experts do not hear .* in sparse_layers"):
+            auto.from_pretrained(folder, **{name: value})
+
+
+def test_a_change_that_makes_no_config_is_named(tmp_path):
+    folder = save_model(grafted("qwen2", {0: moe_of("qwen2", score="sigmoid")}), tmp_path / "own", format="moewright")
+    with pytest.raises(UsageError, match=r"^num_hidden_layers: no qwen2 config can be changed so: "):
+        AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=1)
 
 
 SPARSE = [

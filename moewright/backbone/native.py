@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import backbone_config
+from moewright.backbone.family import FAMILIES, Family, backbone_config
 from moewright.backbone.folder import dtype_named, load_model
 from moewright.backbone.formats import OWN, read_sparse
 from moewright.backbone.graft import graft, moe_layers
@@ -136,7 +136,7 @@ def _with_changes(
 ) -> tuple[dict[str, Any], list[str]]:
     """`fields` of a config.json with what differs between two configs, and with `wanted`; and the names that differ.
 
-    Raises `UsageError` for what the backbone's config does not hear.
+    Raises `UsageError` for what the backbone's config, or the experts, do not hear, and for what makes no config.
     """
     said, before = config.to_dict(), plain.to_dict()
     inner: dict[str, Any] = {k: v for k, v in said["backbone"].items() if before["backbone"].get(k, ...) != v}
@@ -144,15 +144,40 @@ def _with_changes(
     old = {k: v for k, v in fields["backbone"].items() if k in said["backbone"]}
     built = backbone_config(old).to_dict()
     changes = {k: v for k, v in (inner | beside | wanted).items() if built.get(k, ...) != v}
+    _refuse_what_experts_say(changes, FAMILIES[old["model_type"]])
     new = old | changes
+    heard = _changed_config(new, changes).to_dict()
     for name in changes:
         without = {k: v for k, v in new.items() if k != name} | {k: v for k, v in old.items() if k == name}
-        if backbone_config(without).to_dict() == backbone_config(new).to_dict():
+        if _changed_config(without, changes).to_dict() == heard:
             raise UsageError(
                 f"{name}={changes[name]!r}: a {OWN} model on {new['model_type']} does not hear this setting"
             )
     sparse = ["sparse_layers"] if said["sparse_layers"] != before["sparse_layers"] else []
     return {**fields, "backbone": new, "sparse_layers": said["sparse_layers"]}, [*changes, *sparse]
+
+
+def _refuse_what_experts_say(changes: dict[str, Any], family: Family) -> None:
+    """`UsageError` for what the backbone's config says of dense blocks: the experts' own settings say it of them."""
+    instead = dict.fromkeys((stack.size for stack in family.stacks), "expert_size")
+    instead |= {family.activation: "activation"}
+    if isinstance(family.bias, str):
+        instead[family.bias] = "expert_bias"
+    if family.model_type in ("t5", "mt5"):
+        instead |= {"feed_forward_proj": "activation", "is_gated_act": "gated"}  # the one says the others
+    for name in changes.keys() & instead.keys():
+        raise UsageError(
+            f"{name}={changes[name]!r}: the experts do not hear this setting of the backbone; "
+            f"change {instead[name]} in sparse_layers"
+        )
+
+
+def _changed_config(fields: dict[str, Any], changes: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        return backbone_config(fields)
+    except ModelError as error:
+        why = " ".join(str(error.__cause__ or error).split())[:300]
+        raise UsageError(f"{', '.join(changes)}: no {fields['model_type']} config can be changed so: {why}") from error
 
 
 def _one_device(device_map: Any) -> torch.device:
