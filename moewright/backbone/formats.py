@@ -126,6 +126,11 @@ def _read_own(fields: Mapping[str, Any]) -> tuple[None, PreTrainedConfig, dict[i
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < count for n in numbers):
             raise ModelError(f"config.json of type moewright: sparse_layers names {numbers!r} of {count} layers")
         moe = settings_from({key: value for key, value in group.items() if key != "layers"})
+        if moe.hidden_size != config.hidden_size:
+            raise ModelError(
+                f"config.json of type moewright: hidden_size={moe.hidden_size} of a sparse layer, where the backbone "
+                f"has {config.hidden_size}"
+            )
         layers |= dict.fromkeys(numbers, moe)
     return None, config, dict(sorted(layers.items()))
 

@@ -27,17 +27,16 @@ def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, 
     2-D `attention_mask` says which tokens are real, and without that all are. An encoder and a decoder go by
     the masks of their own, `attention_mask` and `decoder_attention_mask`.
 
-    Raises `UsageError` for a config that makes no sense there, as one whose experts choose in a decoder.
+    Raises `UsageError` for a layer that the model does not have and for a config that makes no sense there, as one
+    whose experts choose in a decoder, and `ModelError` for a model of no family that we know. Nothing is changed then.
     """
     places, contexts = family_of(model.config).places(model.config), _contexts(model)
     taken: dict[int, nn.Module] = {}
-    for layer, config in layers.items():
+    for layer, config in _placed(layers, places, model.config.hidden_size).items():
         place = places[layer]
         context = contexts.setdefault(place.stack.name, RoutingContext())
         like = next(model.get_submodule(moe_path(place)).parameters())
-        grafted = MoELayer(
-            replace(config, causal=place.stack.causal), context=context, device=like.device, dtype=like.dtype
-        )
+        grafted = MoELayer(config, context=context, device=like.device, dtype=like.dtype)
         grafted.train(model.get_submodule(place.layer).training)
         taken[layer] = _put(model, place, grafted)
     if taken:
@@ -115,6 +114,18 @@ def configure(model: PreTrainedModel, **settings: Any) -> None:
 def _contexts(model: PreTrainedModel) -> dict[str, RoutingContext]:
     places = family_of(model.config).places(model.config)
     return {places[layer].stack.name: moe.context for layer, moe in moe_layers(model).items()}
+
+
+def _placed(layers: Mapping[int, MoEConfig], places: list[Place], hidden_size: int) -> dict[int, MoEConfig]:
+    """Each layer's config as it is in its place; `UsageError` if it cannot be there."""
+    found = {}
+    for layer, config in layers.items():
+        if layer not in range(len(places)):
+            raise UsageError(f"layer {layer!r}: this model has the layers 0 to {len(places) - 1}")
+        if config.hidden_size != hidden_size:
+            raise UsageError(f"hidden_size={config.hidden_size} of layer {layer}: this model has {hidden_size}")
+        found[layer] = replace(config, causal=places[layer].stack.causal)
+    return found
 
 
 def _put(model: PreTrainedModel, place: Place, moe: MoELayer) -> nn.Module:
