@@ -341,6 +341,42 @@ def test_half_a_model_is_refused(tmp_path):
     assert model.load_state_dict({"model.layers.0.self_attn.extra": torch.ones(1)}, strict=False).unexpected_keys
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe, silent", "glm4_moe", "moewright, inline"])
+def test_a_key_that_nobody_knows_changes_nothing_but_torchs_report(tmp_path, kind):
+    model = model_of(kind)
+    state = load_file(save_model(model, tmp_path / "out") / "model.safetensors")
+    extra = {"value_head.weight": torch.ones(1), "model.layers.0.self_attn.extra": torch.ones(1)}
+    other = zeroed(model)
+    assert other.load_state_dict(state | extra, strict=False).unexpected_keys == [*extra]
+    same_state(other, model)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*value_head.weight"):
+        other.load_state_dict(state | extra)
+    # A part of a state, too.
+    partial, name = zeroed(model), next(name for name in state if name not in model.state_dict())
+    assert partial.load_state_dict({name: state[name]} | extra, strict=False).unexpected_keys == [*extra]
+    assert any(tensor.any() for tensor in partial.state_dict().values()) == bool(state[name].any())
+    # What is computed from the config is no key at all.
+    other = zeroed(model)
+    other.load_state_dict(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, strict=False)
+    same_state(other, model)
+
+
+def test_half_a_model_is_refused_whatever_else_there_is(tmp_path):
+    extra = {"value_head.weight": torch.ones(1)}
+    dense = load_file(write_dense(tmp_path / "dense", "qwen2") / "model.safetensors")  # biases, as a qwen2_moe has
+    with pytest.raises(ModelError, match=r"layer 0 has model.layers.0.mlp.down_proj.weight.*load their folder"):
+        model_of("qwen2_moe, silent").load_state_dict(dense | extra, strict=False)
+    # Experts of the same names, and a shared expert that this format has not.
+    qwen = load_file(save_model(model_of("qwen2_moe, doubled"), tmp_path / "qwen") / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layer 1 has model.layers.1.mlp.shared_expert.*load their folder"):
+        model_of("glm4_moe").load_state_dict(qwen | extra, strict=False)
+    # A layer that is dense here and sparse there.
+    both = load_file(save_model(model_of("mixtral"), tmp_path / "both") / "model.safetensors")
+    model = grafted("llama", {0: moe_of("llama")})
+    with pytest.raises(ModelError, match=r"layer 0 has model.layers.0.block_sparse_moe.*load their folder"):
+        model.load_state_dict(both | extra, strict=False)
+
+
 # transformers' Trainer
 
 
