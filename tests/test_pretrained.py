@@ -171,6 +171,16 @@ def test_a_state_dict_of_something_else_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe, silent", "moewright, inline"])
+def test_a_state_by_the_names_on_disk_is_not_written(tmp_path, kind):
+    model = model_of(kind)
+    disk = load_file(save_model(model, tmp_path / "disk") / "model.safetensors")
+    with pytest.raises(ModelError, match="are names on disk; state_dict takes the names in memory, those of") as caught:
+        model.save_pretrained(tmp_path / "out", state_dict=disk)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sharded_model_is_refused_without_the_whole_state(tmp_path):
     model = model_of("mixtral")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -135,6 +135,12 @@ def _holding(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedM
     odd = [name for name, tensor in state.items() if isinstance(tensor, DTensor) or tensor.is_meta]
     if odd:
         raise ModelError(f"save_pretrained: {some(odd)} are sharded or offloaded; gather them, and pass state_dict=")
+    unknown = set(state) - _names_in_memory(held)
+    if on_disk := sorted(unknown & {slot.name for slot in _slots_with(held, unknown)}):
+        raise ModelError(
+            f"save_pretrained: {some(on_disk)} are names on disk; state_dict takes the names in memory, those of "
+            "model.state_dict()"
+        )
     try:
         result = held.load_state_dict(dict(state), strict=False, assign=True)
     except RuntimeError as error:
@@ -157,7 +163,7 @@ def _names_in_memory(model: PreTrainedModel) -> set[str]:
 
 
 def _slots_with(model: PreTrainedModel, names: set[str]) -> list[Slot]:
-    """The tensors of the form that has most of these names, of the forms that compute this model; the first of equals."""
+    """The tensors of the form that has most of these names, of those that compute this model; the first of equals."""
     layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
     twins = [twin for twin in TWINS.values() if model.config.model_type in twin.backbones]
     forms = [Form(twin=twin) for twin in twins if twin.refuses(model.config, layers) is None]
