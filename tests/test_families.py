@@ -246,6 +246,20 @@ def test_what_only_dense_blocks_hear_is_refused_where_all_layers_are_sparse(tmp_
             auto.from_pretrained(folder, **{name: value})
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["state_dict", "ignore_mismatched_sizes", "max_memory", "quantization_config", "generation_config",
+     "output_loading_info"],
+)  # fmt: skip
+def test_arguments_that_ask_for_what_we_do_not_do_are_refused_by_name(tmp_path, name):
+    folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
+    value = {"some": torch.ones(3)} if name in ("state_dict", "max_memory", "quantization_config") else True
+    with pytest.raises(UsageError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder, **{name: value})
+    assert str(caught.value) == f"from_pretrained: {name} is not supported for a folder of type moewright; leave it out"
+    assert AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=False, output_loading_info=False)
+
+
 def test_a_change_that_makes_no_config_is_named(tmp_path):
     folder = save_model(grafted("qwen2", {0: moe_of("qwen2", score="sigmoid")}), tmp_path / "own", format="moewright")
     with pytest.raises(UsageError, match=r"^num_hidden_layers: no qwen2 config can be changed so: "):

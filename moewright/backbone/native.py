@@ -25,8 +25,14 @@ from moewright.moe.layer import MoELayer
 
 PASSED_ON: Final = ("_from_auto", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",
                     "subfolder", "code_revision", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
-                    "_commit_hash", "trust_remote_code")  # fmt: skip
+                    "_commit_hash", "trust_remote_code", "weights_only")  # fmt: skip
 """Arguments that the automatic classes hand on, and that say nothing where the folder is on disk and safetensors."""
+
+NOT_OURS: Final = ("distributed_config", "device_mesh", "from_flax", "from_tf", "generation_config", "gguf_file",
+                   "ignore_mismatched_sizes", "kernel_config", "key_mapping", "load_in_4bit", "load_in_8bit",
+                   "max_memory", "offload_buffers", "offload_folder", "offload_state_dict", "output_loading_info",
+                   "quantization_config", "state_dict", "tp_plan", "tp_size", "use_kernels", "variant")  # fmt: skip
+"""Arguments of transformers' `from_pretrained` that ask for what we do not do."""
 
 
 OF_THE_FOLDER: Final = ("backbone", "sparse_layers", "architectures", "dtype", "is_encoder_decoder", "model_type",
@@ -72,6 +78,9 @@ class MoewrightForCausalLM(PreTrainedModel):
         attention = kwargs.pop("attn_implementation", config._attn_implementation_internal)
         _refuse_experts(config)
         wanted = {name: value for name, value in kwargs.items() if name not in PASSED_ON and value is not None}
+        for name in wanted.keys() & set(NOT_OURS):
+            if wanted.pop(name) is not False:  # which is what it is without being given
+                raise UsageError(f"from_pretrained: {name} is not supported for a folder of type {OWN}; leave it out")
         if dtype is None and config.dtype != plain.dtype:
             dtype = config.dtype
         if isinstance(dtype, str):
