@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from moewright.backbone.family import backbone_config
 from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.formats import choose_format, read_sparse, refusals, sparse_fields
 from moewright.backbone.graft import configure, graft, moe_layers, routing_contexts, ungraft
-from moewright.errors import ModelError, MoewrightError
+from moewright.errors import ModelError, MoewrightError, UsageError
 from moewright.moe.config import MoEConfig
 from tests.models import logits_of, relative, tiny_config, tiny_model, write_dense
 
@@ -357,4 +357,33 @@ def test_senseless_sparse_configs_are_refused(tmp_path, fields):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     with pytest.raises(MoewrightError):
+        load_model(folder)
+
+
+def test_what_cannot_be_grafted_is_refused_and_changes_nothing():
+    model, sizes = tiny_model("llama"), {"hidden_size": 32, "expert_size": 16, "num_experts": 4}
+    for layer, config, words in [
+        (9, moe_config(), "layer 9: this model has the layers 0 to 1"),
+        (-1, moe_config(), "layer -1: this model has the layers 0 to 1"),
+        (1, moe_config(hidden_size=48), "hidden_size=48 of layer 1: this model has 32"),
+        (1, MoEConfig(**sizes, choice="expert", expert_choice=1.0, causal=False), "choice=expert"),
+    ]:
+        with pytest.raises(UsageError, match=words) as caught:
+            graft(model, {0: moe_config(), layer: config})
+        assert "\n" not in str(caught.value)
+        assert not moe_layers(model)
+    other = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
+    for refused in (moe_layers, lambda model: graft(model, {0: moe_config()})):
+        with pytest.raises(ModelError, match="model_type='gpt2' is not supported; the dense families are llama, "):
+            refused(other)
+
+
+def test_a_folder_whose_sparse_layers_have_another_hidden_size_is_refused(tmp_path):
+    model = tiny_model("llama")
+    graft(model, {0: moe_config()})
+    folder = save_model(model, tmp_path / "own", format="moewright")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["sparse_layers"][0]["hidden_size"] = 48
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelError, match="hidden_size=48 of a sparse layer, where the backbone has 32"):
         load_model(folder)

@@ -1,5 +1,6 @@
 """Every row of the table of families, and every sparse architecture, against transformers itself."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import moewright.auto  # noqa: F401  # registers our type
 from moewright.backbone.family import FAMILIES as TABLE
@@ -206,6 +207,10 @@ def test_changes_of_sparse_layers_and_dtype_are_taken(tmp_path):
         ({"output_router_logits": True}, "output_router_logits=True: .* does not hear"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok=1: .* does not hear"),
         ({"rope_theta": 5.0}, "rope_theta=5.0: .* does not hear"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu': the experts do not hear .* activation in sparse_layers"),
+        ({"intermediate_size": 999}, "intermediate_size=999: the experts .* expert_size in sparse_layers"),
+        ({"mlp_bias": True}, "mlp_bias=True: the experts do not hear .* expert_bias in sparse_layers"),
+        ({"rms_norm_eps": "abc"}, "rms_norm_eps: no llama config can be changed so: .*expected float"),
     ],
 )
 @pytest.mark.parametrize("way", ["argument", "attribute", "backbone"])
@@ -222,6 +227,99 @@ def test_changes_that_nothing_follows_are_refused_by_name(tmp_path, changes, wor
     with pytest.raises(UsageError, match=words) as caught:
         AutoModelForCausalLM.from_pretrained(folder, config=config, **arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gemma2", {"hidden_activation": "relu"}),
+        ("gpt_neox", {"hidden_act": "relu", "intermediate_size": 999}),
+        ("bart", {"activation_function": "relu", "encoder_ffn_dim": 999, "decoder_ffn_dim": 999}),
+        ("mt5", {"feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False, "d_ff": 999}),
+    ],
+)
+def test_what_only_dense_blocks_hear_is_refused_where_all_layers_are_sparse(tmp_path, model_type, changes):
+    model = grafted(model_type, dict.fromkeys(range(len(TABLE[model_type].stacks) * 2), moe_of(model_type)))
+    folder = save_model(model, tmp_path / "own", format="moewright")
+    auto = AutoModelForSeq2SeqLM if TABLE[model_type].seq2seq else AutoModelForCausalLM
+    for name, value in changes.items():
+        with pytest.raises(UsageError, match=f"{name}=.*the experts do not hear .* in sparse_layers"):
+            auto.from_pretrained(folder, **{name: value})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bart"])
+def test_automodel_gives_the_model_without_a_head_which_does_not_save_itself(tmp_path, model_type):
+    whole = grafted(model_type, {0: moe_of(model_type, score="sigmoid")})
+    folder = save_model(whole, tmp_path / "own")
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    assert type(model).__name__ == type(whole.base_model).__name__
+    same_state(model, whole.base_model)
+    mask = torch.ones_like(INPUT)
+    mask[0, 5:] = 0
+    hidden, wanted = (one(input_ids=INPUT, attention_mask=mask).last_hidden_state for one in (model, whole.base_model))
+    assert torch.equal(hidden, wanted)
+    with pytest.raises(UsageError, match="save the whole model"):
+        model.save_pretrained(tmp_path / "out")
+    assert type(AutoModel.from_config(AutoConfig.from_pretrained(folder))) is type(model)
+
+
+def test_t5_has_no_model_without_a_head(tmp_path):
+    folder = save_model(grafted("t5", {0: moe_of("t5", score="sigmoid")}), tmp_path / "own")
+    with pytest.raises(UsageError, match="a t5 model has no part that is all but its head; use AutoModelForSeq2SeqLM"):
+        AutoModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "bart"])
+def test_a_model_of_the_other_kind_is_refused(tmp_path, model_type):
+    folder = save_model(grafted(model_type, {0: moe_of(model_type, score="sigmoid")}), tmp_path / "own")
+    right, wrong = AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    if TABLE[model_type].seq2seq:
+        right, wrong = wrong, right
+    assert right.from_pretrained(folder)
+    for load in (lambda: wrong.from_pretrained(folder), lambda: wrong.from_config(AutoConfig.from_pretrained(folder))):
+        with pytest.raises(UsageError, match=f"on {model_type}: load it with {right.__name__}") as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox", "bart", "t5"])
+def test_our_own_config_answers_for_its_backbone_and_is_written_as_before(tmp_path, model_type):
+    model = grafted(model_type, {0: moe_of(model_type, score="sigmoid")})
+    folder = save_model(model, tmp_path / "own")
+    config = AutoConfig.from_pretrained(folder)
+    for name in ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"):
+        assert getattr(config, name) == getattr(model.config, name)
+    with pytest.raises(AttributeError, match="has no nothing, and neither has its backbone"):
+        _ = config.nothing
+    config.backbone |= {"auto_map": {}, "quantization_config": {}, "_vocab_size": 1}
+    assert not any(hasattr(config, name) for name in ("auto_map", "quantization_config", "_vocab_size"))
+    config = AutoConfig.from_pretrained(folder)
+    assert "hidden_size" not in config.to_dict()
+    config.save_pretrained(tmp_path / "again")
+    written, again = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again"))
+    assert again.keys() <= written.keys() | {"transformers_version"}
+    assert all(again[name] == value for name, value in written.items() if name != "is_encoder_decoder" or value)
+    assert copy.deepcopy(config).hidden_size == model.config.hidden_size
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["state_dict", "ignore_mismatched_sizes", "max_memory", "quantization_config", "generation_config",
+     "output_loading_info"],
+)  # fmt: skip
+def test_arguments_that_ask_for_what_we_do_not_do_are_refused_by_name(tmp_path, name):
+    folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
+    value = {"some": torch.ones(3)} if name in ("state_dict", "max_memory", "quantization_config") else True
+    with pytest.raises(UsageError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder, **{name: value})
+    assert str(caught.value) == f"from_pretrained: {name} is not supported for a folder of type moewright; leave it out"
+    assert AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=False, output_loading_info=False)
+
+
+def test_a_change_that_makes_no_config_is_named(tmp_path):
+    folder = save_model(grafted("qwen2", {0: moe_of("qwen2", score="sigmoid")}), tmp_path / "own", format="moewright")
+    with pytest.raises(UsageError, match=r"^num_hidden_layers: no qwen2 config can be changed so: "):
+        AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=1)
 
 
 SPARSE = [

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import hub
 
@@ -171,6 +171,16 @@ def test_a_state_dict_of_something_else_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe, silent", "moewright, inline"])
+def test_a_state_by_the_names_on_disk_is_not_written(tmp_path, kind):
+    model = model_of(kind)
+    disk = load_file(save_model(model, tmp_path / "disk") / "model.safetensors")
+    with pytest.raises(ModelError, match="are names on disk; state_dict takes the names in memory, those of") as caught:
+        model.save_pretrained(tmp_path / "out", state_dict=disk)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_sharded_model_is_refused_without_the_whole_state(tmp_path):
     model = model_of("mixtral")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -237,6 +247,26 @@ def test_copies_save_themselves(tmp_path):
     assert not other.lm_head.weight.any()
     other.load_state_dict(load_file(tmp_path / "1" / "model.safetensors"))
     same_state(other, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("mixtral", ["model"]), ("moewright, inline", ["model", "model.encoder", "model.decoder"]),
+                        ("switch_transformers", ["encoder", "decoder"])]
+)  # fmt: skip
+def test_a_part_of_a_model_does_not_save_itself(tmp_path, kind, parts):
+    model, dense = model_of(kind), tiny_model(KINDS[kind][0], **KINDS[kind][2])
+    taken = graft(dense, {layer: moe.config for layer, moe in moe_layers(model).items()})
+    for whole in (model, copy.deepcopy(model), copy.copy(model), dense):
+        inside = [name for name, module in whole.named_modules() if name and isinstance(module, PreTrainedModel)]
+        assert inside == parts
+        for part in map(whole.get_submodule, parts):
+            with pytest.raises(UsageError, match=r"is a part of a model with MoE.*save the whole") as caught:
+                part.save_pretrained(tmp_path / "out")
+            assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    ungraft(dense, taken)
+    plain = tiny_model(KINDS[kind][0], **KINDS[kind][2])
+    assert all(type(dense.get_submodule(name)) is type(plain.get_submodule(name)) for name in ("", *parts))
 
 
 class Louder(nn.Module):
@@ -319,6 +349,42 @@ def test_half_a_model_is_refused(tmp_path):
         model_of("qwen2_moe, silent").load_state_dict(mixtral, strict=False)
     # But for a part that says nothing of experts torch's own report is enough.
     assert model.load_state_dict({"model.layers.0.self_attn.extra": torch.ones(1)}, strict=False).unexpected_keys
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe, silent", "glm4_moe", "moewright, inline"])
+def test_a_key_that_nobody_knows_changes_nothing_but_torchs_report(tmp_path, kind):
+    model = model_of(kind)
+    state = load_file(save_model(model, tmp_path / "out") / "model.safetensors")
+    extra = {"value_head.weight": torch.ones(1), "model.layers.0.self_attn.extra": torch.ones(1)}
+    other = zeroed(model)
+    assert other.load_state_dict(state | extra, strict=False).unexpected_keys == [*extra]
+    same_state(other, model)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*value_head.weight"):
+        other.load_state_dict(state | extra)
+    # A part of a state, too.
+    partial, name = zeroed(model), next(name for name in state if name not in model.state_dict())
+    assert partial.load_state_dict({name: state[name]} | extra, strict=False).unexpected_keys == [*extra]
+    assert any(tensor.any() for tensor in partial.state_dict().values()) == bool(state[name].any())
+    # What is computed from the config is no key at all.
+    other = zeroed(model)
+    other.load_state_dict(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, strict=False)
+    same_state(other, model)
+
+
+def test_half_a_model_is_refused_whatever_else_there_is(tmp_path):
+    extra = {"value_head.weight": torch.ones(1)}
+    dense = load_file(write_dense(tmp_path / "dense", "qwen2") / "model.safetensors")  # biases, as a qwen2_moe has
+    with pytest.raises(ModelError, match=r"layer 0 has model.layers.0.mlp.down_proj.weight.*load their folder"):
+        model_of("qwen2_moe, silent").load_state_dict(dense | extra, strict=False)
+    # Experts of the same names, and a shared expert that this format has not.
+    qwen = load_file(save_model(model_of("qwen2_moe, doubled"), tmp_path / "qwen") / "model.safetensors")
+    with pytest.raises(ModelError, match=r"layer 1 has model.layers.1.mlp.shared_expert.*load their folder"):
+        model_of("glm4_moe").load_state_dict(qwen | extra, strict=False)
+    # A layer that is dense here and sparse there.
+    both = load_file(save_model(model_of("mixtral"), tmp_path / "both") / "model.safetensors")
+    model = grafted("llama", {0: moe_of("llama")})
+    with pytest.raises(ModelError, match=r"layer 0 has model.layers.0.block_sparse_moe.*load their folder"):
+        model.load_state_dict(both | extra, strict=False)
 
 
 # transformers' Trainer

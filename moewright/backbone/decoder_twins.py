@@ -11,7 +11,7 @@ from moewright.backbone.family import config_errors, family_of
 from moewright.backbone.glm_twin import GLM4_MOE
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.layout import Layout, Slot
-from moewright.backbone.twin import Layers, Twin, head_size, slides, whole_number
+from moewright.backbone.twin import Layers, Twin, head_size, slides, truth, whole_number
 from moewright.errors import ModelError
 from moewright.moe.config import MoEConfig
 
@@ -42,7 +42,7 @@ class EveryLayer(Twin):
 
     def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
         refuse_jitter(fields)
-        return {"router_order": self.order or order_of(fields)}
+        return {"router_order": self.order or order_of(fields, what=self.model_type)}
 
     def sparse_layers(self, fields: Mapping[str, Any], config: PreTrainedConfig) -> list[int]:
         return list(range(config.num_hidden_layers))
@@ -89,7 +89,7 @@ class Qwen(Twin):
 
     def own_settings(self, fields: Mapping[str, Any], *, record: Mapping[str, Any]) -> dict[str, Any]:
         refuse_jitter(fields)
-        return {"router_order": order_of(fields)}
+        return {"router_order": order_of(fields, what=self.model_type)}
 
     def sparse_layers(self, fields: Mapping[str, Any], config: PreTrainedConfig) -> list[int]:
         step = whole_number(fields, "decoder_sparse_step", what=self.model_type, default=1)
@@ -113,7 +113,8 @@ class Qwen3(Qwen):
         return super().own_fields(config, layers) | window
 
     def backbone_fields(self, fields: Mapping[str, Any], *, backbone: str) -> dict[str, Any]:
-        sliding = bool(fields.get("use_sliding_window", False)) and fields.get("sliding_window", 4096) is not None
+        slides_at_all = truth(fields, "use_sliding_window", default=False, what=self.model_type)
+        sliding = slides_at_all and fields.get("sliding_window", 4096) is not None
         window = whole_number(fields, "sliding_window", what=self.model_type, default=4096) if sliding else None
         # In Qwen3's own terms: from which layer on they slide.
         since = {"max_window_layers": 0} if sliding else {}
@@ -133,7 +134,7 @@ class Qwen2(Qwen):
     """Whether a folder has biases of query, key and value; those that we write always do."""
 
     def variant(self, fields: Mapping[str, Any]) -> "Qwen2":
-        return self if fields.get("qkv_bias", True) else replace(self, biases=False)
+        return replace(self, biases=truth(fields, "qkv_bias", default=True, what=self.model_type))
 
     def backbone(self, fields: Mapping[str, Any]) -> str:
         if self.biases:
@@ -241,9 +242,9 @@ def refuse_jitter(fields: Mapping[str, Any]) -> None:
             )
 
 
-def order_of(fields: Mapping[str, Any]) -> str:
+def order_of(fields: Mapping[str, Any], *, what: str) -> str:
     """The router order that `norm_topk_prob` means; false where it is missing."""
-    return "topk-softmax" if fields.get("norm_topk_prob", False) else "softmax-topk"
+    return "topk-softmax" if truth(fields, "norm_topk_prob", default=False, what=what) else "softmax-topk"
 
 
 _QWEN: Final = {

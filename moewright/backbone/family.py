@@ -260,8 +260,16 @@ def growing_families() -> list[str]:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The row of a config that `backbone_config` made."""
-    return FAMILIES[config.model_type]
+    """The row of a config; `ModelError` for a family that is not in the table."""
+    return _family_named(config.model_type)
+
+
+def _family_named(model_type: object) -> Family:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ModelError(
+            f"model_type={model_type!r} is not supported; the dense families are {', '.join(dense_families())}"
+        )
+    return FAMILIES[model_type]
 
 
 def backbone_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
@@ -270,12 +278,8 @@ def backbone_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     Only fields that the family's config class has are let through, so that nothing in a file can
     switch on code that we did not ask for. Raises `ModelError` for a family that is not in the table.
     """
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ModelError(
-            f"model_type={model_type!r} is not supported; the dense families are {', '.join(dense_families())}"
-        )
-    family = FAMILIES[model_type]
+    family = _family_named(fields.get("model_type"))
+    model_type = family.model_type
     config_class = CONFIG_MAPPING[model_type]
     known = {*config_class().to_dict(), *UNDECLARED} - {"transformers_version"}
     with config_errors(model_type):

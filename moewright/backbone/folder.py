@@ -23,8 +23,8 @@ from moewright.backbone.formats import OWN, TWINS, choose_format, is_sparse, rea
 from moewright.backbone.graft import graft, moe_layers
 from moewright.backbone.layout import Slot, own_name, slots
 from moewright.backbone.skeleton import empty_model, has_tied_head, materialise, untie_head
-from moewright.backbone.twin import Layers, Twin, dense_fields
-from moewright.checkpoint.read import ModelFolder
+from moewright.backbone.twin import Layers, Twin, dense_fields, truth
+from moewright.checkpoint.read import RECORD, ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
 from moewright.errors import ModelError
@@ -106,7 +106,8 @@ def empty_model_of(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> 
     dtype = dtype or folder_dtype(folder)
     twin: Twin | None = None
     layers: Layers = {}
-    said = bool(record.get("tie_word_embeddings", says_tied(folder.config) if sparse else True))
+    said = says_tied(folder.config) if sparse else True
+    said = truth(record, "tie_word_embeddings", default=said, what=folder.config["model_type"], file=RECORD)
     if sparse:
         twin, config, layers = read_sparse(folder.config, record=record, tied=said)
     else:

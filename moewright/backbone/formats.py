@@ -16,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moewright.backbone.decoder_twins import DECODERS
 from moewright.backbone.family import FAMILIES, backbone_config, dense_families
 from moewright.backbone.seq2seq_twins import SEQ2SEQ
-from moewright.backbone.twin import Layers, Twin, dense_fields
+from moewright.backbone.twin import Layers, Twin, dense_fields, truth
 from moewright.errors import ModelError, UsageError
 from moewright.moe.config import MoEConfig
 
@@ -126,6 +126,11 @@ def _read_own(fields: Mapping[str, Any]) -> tuple[None, PreTrainedConfig, dict[i
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < count for n in numbers):
             raise ModelError(f"config.json of type moewright: sparse_layers names {numbers!r} of {count} layers")
         moe = settings_from({key: value for key, value in group.items() if key != "layers"})
+        if moe.hidden_size != config.hidden_size:
+            raise ModelError(
+                f"config.json of type moewright: hidden_size={moe.hidden_size} of a sparse layer, where the backbone "
+                f"has {config.hidden_size}"
+            )
         layers |= dict.fromkeys(numbers, moe)
     return None, config, dict(sorted(layers.items()))
 
@@ -154,7 +159,7 @@ def says_tied(fields: Mapping[str, Any]) -> bool:
     if fields["model_type"] == OWN:
         return True  # unless the backbone's own config says otherwise
     default = CONFIG_MAPPING[fields["model_type"]]().tie_word_embeddings
-    return bool(fields.get("tie_word_embeddings", default))
+    return truth(fields, "tie_word_embeddings", default=default, what=fields["model_type"])
 
 
 def is_sparse(fields: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moewright.backbone.family import family_of
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.layout import Layout, Slot
-from moewright.backbone.twin import Layers, Twin, head_size, number, slides, whole_number
+from moewright.backbone.twin import Layers, Twin, head_size, number, slides, truth, whole_number
 from moewright.errors import ModelError
 from moewright.moe.config import MoEConfig
 
@@ -72,8 +72,10 @@ class Glm(Twin):
         )
         settings: dict[str, Any] = {
             "score": "sigmoid",
-            "selection_bias": record.get("selection_bias") is not False,
-            "renormalize": bool(fields.get("norm_topk_prob", True)),
+            "selection_bias": truth(
+                record, "selection_bias", default=True, what=self.model_type, file="moewright.json"
+            ),
+            "renormalize": truth(fields, "norm_topk_prob", default=True, what=self.model_type),
             "routed_scale": number(fields, "routed_scaling_factor", default=1.0, what=self.model_type),
         }
         if top != groups:  # choosing all groups is choosing among all experts

@@ -1,6 +1,6 @@
 """Put a MoELayer where a feed-forward block is, take it out again, and hand it the token mask."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.family import Place, family_of
+from moewright.errors import UsageError
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer
@@ -26,17 +27,16 @@ def graft(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int, 
     2-D `attention_mask` says which tokens are real, and without that all are. An encoder and a decoder go by
     the masks of their own, `attention_mask` and `decoder_attention_mask`.
 
-    Raises `UsageError` for a config that makes no sense there, as one whose experts choose in a decoder.
+    Raises `UsageError` for a layer that the model does not have and for a config that makes no sense there, as one
+    whose experts choose in a decoder, and `ModelError` for a model of no family that we know. Nothing is changed then.
     """
     places, contexts = family_of(model.config).places(model.config), _contexts(model)
     taken: dict[int, nn.Module] = {}
-    for layer, config in layers.items():
+    for layer, config in _placed(layers, places, model.config.hidden_size).items():
         place = places[layer]
         context = contexts.setdefault(place.stack.name, RoutingContext())
         like = next(model.get_submodule(moe_path(place)).parameters())
-        grafted = MoELayer(
-            replace(config, causal=place.stack.causal), context=context, device=like.device, dtype=like.dtype
-        )
+        grafted = MoELayer(config, context=context, device=like.device, dtype=like.dtype)
         grafted.train(model.get_submodule(place.layer).training)
         taken[layer] = _put(model, place, grafted)
     if taken:
@@ -57,7 +57,8 @@ def ungraft(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> dict[int
     if not moe_layers(model):
         for handle in model.__dict__.pop(HOOKS):
             handle.remove()
-        model.__class__ = type(model).__mro__[1]
+        for module in (model, *_inside(model)):
+            module.__class__ = type(module).__mro__[1]
     return {layer: grafted[layer] for layer in blocks}
 
 
@@ -115,6 +116,18 @@ def _contexts(model: PreTrainedModel) -> dict[str, RoutingContext]:
     return {places[layer].stack.name: moe.context for layer, moe in moe_layers(model).items()}
 
 
+def _placed(layers: Mapping[int, MoEConfig], places: list[Place], hidden_size: int) -> dict[int, MoEConfig]:
+    """Each layer's config as it is in its place; `UsageError` if it cannot be there."""
+    found = {}
+    for layer, config in layers.items():
+        if layer not in range(len(places)):
+            raise UsageError(f"layer {layer!r}: this model has the layers 0 to {len(places) - 1}")
+        if config.hidden_size != hidden_size:
+            raise UsageError(f"hidden_size={config.hidden_size} of layer {layer}: this model has {hidden_size}")
+        found[layer] = replace(config, causal=places[layer].stack.causal)
+    return found
+
+
 def _put(model: PreTrainedModel, place: Place, moe: MoELayer) -> nn.Module:
     if place.stack.block:
         block = model.get_submodule(place.path(""))
@@ -134,8 +147,14 @@ def _listen(model: PreTrainedModel) -> None:
     inner = (model.get_encoder(), model.get_decoder()) if family_of(model.config).seq2seq else (model.base_model,)
     hooks = [module.register_forward_pre_hook(_record_token_mask, with_kwargs=True) for module in inner]
     model.__dict__[HOOKS] = [*hooks, model.register_load_state_dict_pre_hook(_read_names_on_disk)]
-    kind: Any = type(model)
-    model.__class__ = _saving(kind)
+    for module, save in ((model, _save), *((inside, _refuse_to_save) for inside in _inside(model))):
+        kind: Any = type(module)
+        module.__class__ = _saving(kind, save)
+
+
+def _inside(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models that a model is made of: the one without a head, and what that has of encoders and decoders."""
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
 
 
 def _context_in(module: nn.Module) -> RoutingContext | None:
@@ -164,30 +183,38 @@ def _record_token_mask(
 
 
 @cache
-def _saving(kind: Any) -> type[PreTrainedModel]:
+def _saving(kind: Any, save: Callable[..., None]) -> type[PreTrainedModel]:
     """The class of a grafted model: the same by name and in all it does, but for `save_pretrained`.
 
     The class's own would write grafted layers under the dense architecture's name. A function kept by the model itself
     would have to know the model, and such a circle is freed only when the garbage collector comes by.
     """
 
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        from moewright.backbone.pretrained import save_pretrained  # which grafts
-
-        save_pretrained(self, *args, **kwargs)
-
     def reduce(self: PreTrainedModel, protocol: object) -> tuple[Any, ...]:
-        return _blank, (kind,), self.__dict__
+        return _blank, (kind, save), self.__dict__
 
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    return type(kind.__name__, (kind,), named | {"save_pretrained": save_pretrained, "__reduce_ex__": reduce})
+    return type(kind.__name__, (kind,), named | {"save_pretrained": save, "__reduce_ex__": reduce})
 
 
-def _blank(kind: Any) -> PreTrainedModel:
+def _blank(kind: Any, save: Callable[..., None]) -> PreTrainedModel:
     """A grafted model of this class before it has got its state: how copies and pickles of one begin."""
-    saving = _saving(kind)
+    saving = _saving(kind, save)
     model: PreTrainedModel = object.__new__(saving)
     return model
+
+
+def _save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    from moewright.backbone.pretrained import save_pretrained  # which grafts
+
+    save_pretrained(self, *args, **kwargs)
+
+
+def _refuse_to_save(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    raise UsageError(
+        f"save_pretrained: this {type(self).__name__} is a part of a model with MoE layers, "
+        "and no folder holds one alone; save the whole model"
+    )
 
 
 def _read_names_on_disk(model: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

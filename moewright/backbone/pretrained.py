@@ -6,6 +6,7 @@ resumes by the other.
 
 import copy
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,9 +17,10 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
 from moewright.backbone.family import family_of
-from moewright.backbone.folder import Form, form_of, write_model
+from moewright.backbone.folder import RECOMPUTED, Form, form_of, write_model
 from moewright.backbone.formats import TWINS
-from moewright.backbone.graft import graft, moe_layers, moe_path
+from moewright.backbone.graft import graft, moe_layers
+from moewright.backbone.layout import Slot
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.files import some
 from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
@@ -82,22 +84,23 @@ def take_names_on_disk(
 ) -> None:
     """Let `load_state_dict` take the tensors of a folder by their names on disk, in any format that holds the model.
 
-    They are put into the model here; what has a name in memory is left to torch. A state may be a part of a model, as
-    one shard is. Raises `ModelError` where it has none of a sparse layer's weights, but others that nothing takes:
-    those of a dense model, or of a format that does not compute this one.
+    They are put into the model here; what has a name in memory, or one that nobody knows, is left to torch. What old
+    versions stored and a config says is dropped. A state may be a part of a model, as one shard is. Raises `ModelError`
+    where some of it is this model's, but feed-forward weights in it are those of a dense model, or of a format that
+    does not compute this one.
     """
+    for name in [name for name in state_dict if any(re.search(pattern, name) for pattern in RECOMPUTED)]:
+        del state_dict[name]
     given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
     held = _names_in_memory(model)
     unknown = given - held
     if not unknown:
         return
-    form = _form_with(model, unknown)
-    if form is None:
-        _require_no_half(model, given, unknown)
-        return
+    slots = _slots_with(model, unknown)
+    _require_no_half(model, given, strange=unknown - {slot.name for slot in slots})
     partly: dict[str, list[str]] = {}
     taken: set[str] = set()
-    for slot in form.slots(model):
+    for slot in slots:
         if slot.tied or slot.name in held:
             continue
         if slot.fill is not None:
@@ -132,6 +135,12 @@ def _holding(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedM
     odd = [name for name, tensor in state.items() if isinstance(tensor, DTensor) or tensor.is_meta]
     if odd:
         raise ModelError(f"save_pretrained: {some(odd)} are sharded or offloaded; gather them, and pass state_dict=")
+    unknown = set(state) - _names_in_memory(held)
+    if on_disk := sorted(unknown & {slot.name for slot in _slots_with(held, unknown)}):
+        raise ModelError(
+            f"save_pretrained: {some(on_disk)} are names on disk; state_dict takes the names in memory, those of "
+            "model.state_dict()"
+        )
     try:
         result = held.load_state_dict(dict(state), strict=False, assign=True)
     except RuntimeError as error:
@@ -153,25 +162,30 @@ def _names_in_memory(model: PreTrainedModel) -> set[str]:
     return names | {name for name, _ in model.named_buffers(remove_duplicate=False)}
 
 
-def _form_with(model: PreTrainedModel, names: set[str]) -> Form | None:
-    """The first form, of those that compute this model, that has tensors of all these names."""
+def _slots_with(model: PreTrainedModel, names: set[str]) -> list[Slot]:
+    """The tensors of the form that has most of these names, of those that compute this model; the first of equals."""
     layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
     twins = [twin for twin in TWINS.values() if model.config.model_type in twin.backbones]
     forms = [Form(twin=twin) for twin in twins if twin.refuses(model.config, layers) is None]
-    forms.append(Form())
-    return next((form for form in forms if names <= {slot.name for slot in form.slots(model)}), None)
+    found = [form.slots(model) for form in (*forms, Form())]
+    return max(found, key=lambda slots: sum(slot.name in names for slot in slots))
 
 
-def _require_no_half(model: PreTrainedModel, given: set[str], unknown: set[str]) -> None:
-    """`ModelError` if part of a state is this model's, and part is what stands elsewhere for its experts."""
-    places, known = family_of(model.config).places(model.config), given - unknown
-    for layer in moe_layers(model):
-        inside, path = f"{places[layer].layer}.", f"{moe_path(places[layer])}."
-        strange = sorted(name for name in unknown if name.startswith(inside))
-        if known and strange and not any(name.startswith(path) for name in known):
+def _require_no_half(model: PreTrainedModel, given: set[str], *, strange: set[str]) -> None:
+    """`ModelError` if part of a state is this model's, and `strange` has what stands elsewhere for its experts."""
+    if given == strange:
+        return
+    family = family_of(model.config)
+    form = family.form_of(model.config)
+    inside = [template.removeprefix("{layer}.") for twin in TWINS.values() for template in twin.layout.parts.values()]
+    inside = [re.escape(name).replace(re.escape("{expert}"), r"\d+") for name in inside]
+    for layer, place in enumerate(family.places(model.config)):
+        dense = [place.path(name).removeprefix(f"{place.layer}.") for name in (form.gate, form.up, form.down) if name]
+        pattern = "|".join([*inside, *(rf"{re.escape(name)}\.(weight|bias)" for name in dense)])
+        if found := sorted(name for name in strange if re.fullmatch(rf"{re.escape(place.layer)}\.({pattern})", name)):
             raise ModelError(
-                f"load_state_dict: layer {layer} has {some(strange)}, and nothing for its experts: these are weights "
-                "of another model, or of a format that does not compute this one; load their folder with load_model"
+                f"load_state_dict: layer {layer} has {some(found)}, and no place for it: these are weights of another "
+                "model, or of a format that does not compute this one; load their folder with load_model"
             )
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moewright.backbone.family import family_of
 from moewright.backbone.layout import Layout, Slot
 from moewright.backbone.skeleton import embedding_of, has_tied_head
-from moewright.backbone.twin import Layers, Twin, number
+from moewright.backbone.twin import Layers, Twin, number, truth
 from moewright.errors import ModelError
 
 LONGEST: Final = 1 << 20
@@ -56,7 +56,7 @@ class EncoderDecoder(Twin):
         return found
 
     def refuse_router_bias(self, fields: Mapping[str, Any]) -> None:
-        if fields.get("router_bias"):
+        if truth(fields, "router_bias", default=False, what=self.model_type):
             raise ModelError(
                 f"router_bias=true: a {self.model_type} folder with biases of its routers is not supported"
             )
@@ -167,7 +167,7 @@ class Switch(EncoderDecoder):
     def backbone_fields(self, fields: Mapping[str, Any], *, backbone: str) -> dict[str, Any]:
         return {
             "feed_forward_proj": fields.get("dense_act_fn", "relu"),
-            "tie_word_embeddings": fields.get("tie_word_embeddings", True),
+            "tie_word_embeddings": truth(fields, "tie_word_embeddings", default=True, what=self.model_type),
         }
 
     def slots(self, model: PreTrainedModel) -> list[Slot]:

@@ -205,6 +205,17 @@ def number(fields: Mapping[str, Any], name: str, *, default: float, what: str) -
     return float(value)
 
 
+def truth(fields: Mapping[str, Any], name: str, *, default: bool, what: str, file: str = "config.json") -> bool:
+    """True or false in a field, or what its config class takes for a missing one; `ModelError` for something else.
+
+    A null is something else for transformers, too.
+    """
+    value = fields.get(name, default)
+    if type(value) is not bool:
+        raise ModelError(f"{file} of type {what}: {name}={value!r}, where true or false is expected")
+    return value
+
+
 def head_size(config: PreTrainedConfig) -> int:
     """Width of an attention head."""
     size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
