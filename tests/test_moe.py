@@ -301,7 +301,9 @@ def test_kernels_agree_at_every_width(kernel, counts, rest, sizes, bias, gated):
         y = KERNELS[name](x, weights, permutation, stacked)
         results.append([y, *torch.autograd.grad(y, tensors, upstream)])
     for loop, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, loop, rtol=1e-4, atol=1e-5)
+        # Where large terms cancel, what is left has the rounding of the terms.
+        largest = loop.abs().max().item() if loop.numel() else 0.0
+        torch.testing.assert_close(other, loop, rtol=1e-4, atol=1e-5 * max(1.0, largest))
 
 
 def test_grouped_kernel_names_the_dtype_it_lacks():
