@@ -1,7 +1,9 @@
 """What holds for every test: nothing is fetched, and a slow machine is no failure."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -17,3 +19,15 @@ if not torch.cuda.is_available():
 # The timeout of pytest guards against hanging; hypothesis' own deadline of 0.2 s an example would only be noise.
 settings.register_profile("moewright", deadline=None)
 settings.load_profile("moewright")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums are equal to the last bit only with the same number of threads, also in a process that a test starts.
+
+    And tiny products gain nothing from a second thread, and lose much to it where other processes want the core.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

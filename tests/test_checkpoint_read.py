@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import random
@@ -466,6 +467,11 @@ def test_mixed_dtypes_warn_once(folder: Path, one: torch.dtype, two: torch.dtype
 
 def test_fingerprint(folder: Path, tmp_path: Path) -> None:
     before = ModelFolder(folder).fingerprint()
+    # As `sha256sum config.json model*.safetensors | sha256sum` has it.
+    lines = [
+        f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in ("config.json", WEIGHTS)
+    ]
+    assert before == hashlib.sha256("".join(lines).encode()).hexdigest()
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / "README.md").write_text("no part of it")
     assert ModelFolder(tmp_path / "copy").fingerprint() == before

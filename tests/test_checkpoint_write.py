@@ -635,12 +635,13 @@ def test_into_a_folder_that_does_not_exist_or_that_cannot_be(tmp_path: Path) -> 
     assert not (tmp_path / "new" / ".moewright-tmp").exists()
 
 
-def test_a_move_that_fails_is_finished_by_the_next_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = write(tmp_path / "out", 1.0)
+def interrupted_before(out: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a model of 1, into which one of 2 was being moved when the file of this name could not be."""
+    write(out, 1.0)
     rename = os.rename
 
     def failing(source: Any, target: Any) -> None:
-        if str(target).endswith("00002-of-00002.safetensors"):
+        if str(target).endswith(suffix):
             raise OSError(errno.EIO, "Input/output error", str(source))
         rename(source, target)
 
@@ -648,6 +649,11 @@ def test_a_move_that_fails_is_finished_by_the_next_writer(tmp_path: Path, monkey
         patch.setattr(os, "rename", failing)
         with pytest.raises(ModelError, match="Input/output error"):
             write(out, 2.0, into=True)
+    return out
+
+
+def test_a_move_that_fails_is_finished_by_the_next_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = interrupted_before(tmp_path / "out", "00002-of-00002.safetensors", monkeypatch)
     with pytest.raises(ModelError, match="a save into it was interrupted; save into it again"):
         ModelFolder(out)
     with FolderWriter(out, into=True):
@@ -702,18 +708,7 @@ def test_half_a_model_is_not_taken_for_one_that_was_to_be_moved(tmp_path: Path) 
 
 
 def test_a_save_that_fails_after_a_mend_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = write(tmp_path / "out", 1.0)
-    rename = os.rename
-
-    def failing(source: Any, target: Any) -> None:
-        if str(target).endswith("config.json"):
-            raise OSError(errno.EIO, "Input/output error", str(source))
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", failing)
-        with pytest.raises(ModelError, match="Input/output error"):
-            write(out, 2.0, into=True)
+    out = interrupted_before(tmp_path / "out", "config.json", monkeypatch)
     with pytest.raises(RuntimeError, match="fails, too"), FolderWriter(out, into=True):
         raise RuntimeError("fails, too")
     assert value_of(out) == 2.0

@@ -134,7 +134,10 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
     monkeypatch.setattr(hub, "hf_api", lambda: repository)
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: SimpleNamespace(save=lambda path: None))
     model = model_of("mixtral")
-    upload = lambda folder, repo, **_: uploaded.update(content(Path(folder)), repo=repo)  # noqa: E731
+
+    def upload(folder, repo, **_):
+        uploaded.update(content(Path(folder)), repo=repo)
+
     monkeypatch.setattr(model, "_upload_modified_files", upload)
     model.push_to_hub("someone/mixture")
     assert uploaded["repo"] == "someone/mixture"

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -45,13 +44,7 @@ RANDOM = MoESettings(
 """All that is random in a layer, and what moves outside the gradient."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums are equal to the last bit only with the same number of threads, also in a process that a test starts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
