@@ -24,13 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 from experiments.page import arguments, circumstances, renew, save
 from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers
+from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
-from moewright.evaluate.perplexity import tokenise
-from moewright.train.distil import distil_folder
-from moewright.train.distil_config import DistilConfig
+from moewright.distil.apply import distil_folder
+from moewright.distil.config import DistilConfig
+from moewright.evaluate.compare import Reference
 from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.verify import Reference
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "distil.json"

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 
 from experiments.page import arguments, circumstances, renew, save
 from moewright.backbone.folder import Form, fill, load_model
+from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
-from moewright.evaluate.perplexity import tokenise
-from moewright.upcycle.grow import as_facts, plan_growth
-from moewright.upcycle.grow_config import GrowConfig
-from moewright.upcycle.verify import Reference
+from moewright.evaluate.compare import Reference
+from moewright.grow.apply import as_facts, plan_growth
+from moewright.grow.config import GrowConfig
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "grow.json"

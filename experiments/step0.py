@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 
 from experiments.page import arguments, circumstances, renew, save
 from moewright.backbone.folder import fill, load_model
+from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
-from moewright.evaluate.perplexity import tokenise
+from moewright.evaluate.compare import Reference, compare_logits
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import plan_upcycle
-from moewright.upcycle.verify import Reference, compare_logits
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "step0.json"

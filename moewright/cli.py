@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from moewright.checkpoint.ahead import hash_ahead
+from moewright.distil.config import DistilConfig
 from moewright.errors import MoewrightError, ResourceError
+from moewright.grow.config import GrowConfig
 from moewright.options import parse
-from moewright.train.distil_config import DistilConfig
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.grow_config import GrowConfig
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
@@ -129,8 +129,8 @@ def grow(args: argparse.Namespace) -> Facts:
     with _importing():
         import torch
 
+        from moewright.grow.apply import grow_folder
         from moewright.report.progress import progress_bar
-        from moewright.upcycle.grow import grow_folder
 
     _return_large_blocks()
     config = GrowConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(GrowConfig)})
@@ -164,8 +164,8 @@ def train(args: argparse.Namespace) -> Facts:
 
 def distil(args: argparse.Namespace) -> Facts:
     with _importing():
+        from moewright.distil.apply import distil_folder
         from moewright.report.progress import progress_bar
-        from moewright.train.distil import distil_folder
 
     config = DistilConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DistilConfig)})
     texts = {"text": args.text, "verify_text": args.verify_text}

@@ -3,6 +3,9 @@
 Everything else that reaches ``moewright.cli`` is a bug of ours and exits with 70.
 """
 
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 
@@ -49,3 +52,19 @@ class Preempted(MoewrightError):
     """Training was asked to stop and has saved; the same command goes on (exit 75)."""
 
     exit_code = 75
+
+
+@contextmanager
+def settings_written(names: Iterable[str], *, write: Callable[[str], str]) -> Iterator[None]:
+    """Say settings in errors as the user wrote them.
+
+    Every message of ours writes a setting as `name=value`. Where the settings `names` came from flags or from a run
+    file, `write(name)` is what stands for `name=` there: `--top-k ` or `upcycle.top_k = `. Only `UsageError` speaks of
+    settings; what others name stands in files.
+    """
+    pattern = re.compile(rf"(?<![\w.-])({'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})=")
+    try:
+        yield
+    except UsageError as error:
+        error.args = (pattern.sub(lambda match: write(match[1]), str(error)), *error.args[1:])
+        raise

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moewright import __version__
+from moewright.distil.config import DistilConfig
 from moewright.errors import UsageError
-from moewright.train.distil_config import DistilConfig
+from moewright.grow.config import DEPTHS, WIDTHS
 from moewright.train.tree import required, sentences
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.grow_config import DEPTHS, WIDTHS
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# Every dense row of moewright/backbone/family.py; a new family is added here, too.
+# Every dense row of moewright/family/table.py; a new family is added here, too.
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "phi3", "granite", "nemotron"),
     *("gpt_neox", "m2m_100", "bart", "mbart", "t5", "mt5"),

@@ -11,8 +11,9 @@ import pytest
 from torch import nn
 
 from moewright.data.config import DataConfig
+from moewright.moe.config import MoESettings
 from moewright.train import loop
-from moewright.train.config import MoESettings, RunConfig, TrainConfig
+from moewright.train.config import RunConfig, TrainConfig
 from moewright.train.metrics import read_json_lines
 from moewright.upcycle.config import UpcycleConfig
 from tests.models import write_dense

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from moewright.backbone.family import backbone_config
 from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.formats import choose_format, read_sparse, refusals, sparse_fields
 from moewright.backbone.graft import configure, graft, moe_layers, routing_contexts, ungraft
 from moewright.errors import ModelError, MoewrightError, UsageError
+from moewright.family.table import backbone_config
 from moewright.moe.config import MoEConfig
 from tests.models import logits_of, relative, tiny_config, tiny_model, write_dense
 

@@ -26,6 +26,7 @@ from moewright.checkpoint.tensorfile import DTYPES, LazyTensor, read_header, rea
 from moewright.checkpoint.write import FolderWriter
 from moewright.errors import ModelError
 from tests.models import tiny_model
+from tests.raw_files import entry, write_raw
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,16 +58,6 @@ def sharded(folder: Path) -> Path:
 
 def write_index(folder: Path, weight_map: Any) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def write_raw(path: Path, header: Any, data: bytes, length: int | None = None) -> None:
-    """A safetensors file with whatever header (bytes, or something to put as JSON)."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-
-
-def entry(shape: Any, start: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
 def refused(folder: Path, *words: str) -> None:

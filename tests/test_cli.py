@@ -16,8 +16,8 @@ import pytest
 
 from moewright import __version__, cli
 from moewright.errors import DataError, Preempted
+from moewright.grow.config import GrowConfig
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.grow_config import GrowConfig
 
 Library = Callable[..., types.ModuleType]
 

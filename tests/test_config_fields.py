@@ -8,8 +8,7 @@ import pytest
 
 from moewright.backbone.folder import load_model, save_model
 from moewright.errors import ModelError
-from tests.test_families import grafted, moe_of
-from tests.test_pretrained import model_of
+from tests.sparse import grafted, model_of, moe_of
 
 
 def edit(folder: Path, file: str, **fields: Any) -> None:

@@ -16,13 +16,11 @@ from moewright import cli
 from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.graft import moe_layers
 from moewright.data.pack import PackedRows
-from moewright.errors import CheckpointError, DataError, ModelError, UsageError
-from moewright.moe.config import MoEConfig
-from moewright.moe.layer import MoELayer
-from moewright.train import distil, layerwise
-from moewright.train.distil import distil_folder
-from moewright.train.distil_config import DistilConfig
-from moewright.train.layerwise import (
+from moewright.distil import apply as distil
+from moewright.distil import layerwise
+from moewright.distil.apply import distil_folder
+from moewright.distil.config import DistilConfig
+from moewright.distil.layerwise import (
     Block,
     Rows,
     choose_top_k,
@@ -33,6 +31,9 @@ from moewright.train.layerwise import (
     possible_top_ks,
     training_config,
 )
+from moewright.errors import CheckpointError, DataError, ModelError, UsageError
+from moewright.moe.config import MoEConfig
+from moewright.moe.layer import MoELayer
 from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
 from tests import reference

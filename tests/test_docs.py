@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from experiments.page import renewed
-from moewright.backbone.family import growing_families
 from moewright.data import config as data
+from moewright.family.table import growing_families
 from moewright.moe.config import MoEConfig
 from moewright.moe.kernels import KERNELS
 from moewright.moe.layer import MoELayer

@@ -11,15 +11,15 @@ from moewright.backbone.folder import Form, form_of, load_model, save_model, wri
 from moewright.backbone.graft import moe_layers
 from moewright.cli import main
 from moewright.errors import ModelError
+from moewright.evaluate.compare import compare_logits
 from moewright.export import folder as export
 from moewright.export import verify
 from moewright.export.folder import export_folder
 from moewright.export.long import LONGEST, LongText
 from moewright.export.runtimes import LLAMA_CPP, SGLANG, VLLM, runtimes
 from moewright.export.verify import Choice, Proof, Reference, _other_choices
-from moewright.upcycle.verify import compare_logits
 from tests.models import tiny_model, tiny_tokenizer, write_dense
-from tests.test_families import grafted, moe_of, nllb, same_state
+from tests.sparse import grafted, moe_of, nllb, same_state
 
 SIGMOID_GROUPS = {"score": "sigmoid", "num_experts": 8, "num_groups": 4, "top_groups": 2, "group_score": "top2"}
 GOOD = Proof("MixtralForCausalLM, transformers 5.23.0", 1e-7, 0, True, (), (), ())

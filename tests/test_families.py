@@ -13,16 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import moewright.auto  # noqa: F401  # registers our type
-from moewright.backbone.family import FAMILIES as TABLE
-from moewright.backbone.family import chosen_layers, dense_families
+from moewright.backbone.auto_type import MoewrightForCausalLM
 from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.formats import FORMATS, choose_format, settings_from
 from moewright.backbone.graft import graft, moe_layers, routing_contexts, ungraft
-from moewright.backbone.native import MoewrightForCausalLM
 from moewright.backbone.skeleton import has_tied_head, untie_head
 from moewright.errors import ModelError, UsageError
 from moewright.evaluate.perplexity import evaluate_files
-from moewright.moe.config import MoEConfig
+from moewright.family.table import FAMILIES as TABLE
+from moewright.family.table import chosen_layers, dense_families
 from moewright.train.config import load_run
 from moewright.train.start import start
 from moewright.upcycle.config import UpcycleConfig
@@ -37,49 +36,11 @@ from tests.models import (
     tiny_model,
     write_dense,
 )
-
-INPUT = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
+from tests.sparse import INPUT, grafted, moe_of, nllb, same_state
 
 
 def test_the_list_of_the_tests_is_the_table():
     assert sorted(FAMILIES) == sorted(dense_families())
-
-
-def moe_of(model_type: str, **changes: object) -> MoEConfig:
-    """Experts of the family's own form."""
-    config, family = tiny_config(model_type), TABLE[model_type]
-    return MoEConfig(
-        **(
-            {
-                "hidden_size": 32,
-                "expert_size": 16,
-                "num_experts": 4,
-                "top_k": 2,
-                "activation": family.activation_of(config),
-                "gated": family.form_of(config).gated,
-                "expert_bias": family.biased(config),
-            }
-            | changes
-        )
-    )
-
-
-def grafted(model_type: str, layers: object, **changes: object):
-    """A tiny model with random routers and biases in the given layers."""
-    model = tiny_model(model_type, **changes)
-    graft(model, layers)
-    with torch.no_grad():
-        for moe in moe_layers(model).values():
-            moe.router.weight.normal_()
-            if moe.router.bias is not None:
-                moe.router.bias.uniform_(-0.1, 0.1)
-    return model
-
-
-def same_state(a, b) -> None:
-    first, second = a.state_dict(), b.state_dict()
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 FORMS = [*((name, {}) for name in FAMILIES), ("t5", {"feed_forward_proj": "gated-gelu"})]
@@ -456,11 +417,6 @@ def test_numbers_that_make_no_model_are_refused_at_once(tmp_path, fields, words)
 
 
 # -- NLLB-MoE, which transformers 5.23 computes wrongly: it takes the mask of the first choice for expert numbers --
-
-
-def nllb(**changes: object):
-    sizes = {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "moe_token_dropout": 0.0}
-    return tiny_model("nllb-moe", **(sizes | changes))
 
 
 def top_2(self, hidden_states, padding_mask=None):

@@ -32,7 +32,7 @@ from moewright.errors import ModelError
 from moewright.upcycle.scale import Factors
 from tests.kill import kill_everywhere
 from tests.models import tiny_tokenizer, write_dense
-from tests.test_checkpoint_read import entry, write_raw
+from tests.raw_files import entry, write_raw
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"

@@ -17,7 +17,7 @@ from moewright.errors import ModelError
 from moewright.export import folder as export
 from moewright.export.folder import export_folder
 from tests.models import logits_of, plain_transformers, relative, tiny_config, tiny_model
-from tests.test_families import grafted, moe_of, same_state
+from tests.sparse import grafted, moe_of, same_state
 
 INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
 GROUPS = {"num_experts": 8, "num_groups": 4, "top_groups": 2, "group_score": "top2"}

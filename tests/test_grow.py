@@ -15,17 +15,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from moewright.backbone.family import FAMILIES, dense_families, growing_families
 from moewright.backbone.folder import load_model
 from moewright.backbone.inspect import inspect_folder
 from moewright.backbone.skeleton import has_tied_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import DataError, ModelError, UsageError
+from moewright.family.table import FAMILIES, dense_families, growing_families
+from moewright.grow.apply import grow_folder, grow_model, plan_growth
+from moewright.grow.config import GrowConfig, Sizes, grown_sizes, hidden_step
+from moewright.grow.maps import layer_map, neuron_map
 from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.grow import grow_folder, grow_model, plan_growth
-from moewright.upcycle.grow_config import GrowConfig, Sizes, grown_sizes, hidden_step
-from moewright.upcycle.grow_maps import layer_map, neuron_map
 from tests.grow_reference import decoder, slow_growth, unfused
 from tests.models import DECODERS, SIZES, logits_of, plain_transformers, relative, tiny_model, write_dense
 
@@ -530,7 +530,7 @@ def test_nan_weights_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_an_exact_growth_that_is_not_exact_is_not_committed(tmp_path, monkeypatch):
-    from moewright.upcycle import grow
+    from moewright.grow import apply as grow
 
     exact, source = grow.grow_tensor, write_dense(tmp_path / "dense")
     monkeypatch.setattr(grow, "grow_tensor", lambda *tensors, **rest: exact(*tensors, **rest) * 1.01)
@@ -653,8 +653,8 @@ def test_writing_holds_one_tensor_at_a_time(tmp_path):
     source = write_dense(tmp_path / "dense", hidden_size=256, intermediate_size=4096, num_hidden_layers=8, head_dim=64)
     script = (
         "import resource, sys\n"
-        "from moewright.upcycle.grow import grow_folder\n"
-        "from moewright.upcycle.grow_config import GrowConfig\n"
+        "from moewright.grow.apply import grow_folder\n"
+        "from moewright.grow.config import GrowConfig\n"
         "config = GrowConfig(hidden_size=512, intermediate_size=8192, width='aki')\n"
         "foretold = grow_folder(sys.argv[1], sys.argv[2], config, dry_run=True).summary['memory_needed']\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

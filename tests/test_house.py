@@ -13,20 +13,10 @@ PACKAGE = ROOT / "moewright"
 
 # A room imports only from rooms that stand before it.
 ROOMS = [
-    "errors",
-    "moe",
-    "checkpoint",
-    "backbone",
-    "auto",
-    "export",
-    "data",
-    "evaluate",
-    "upcycle",
-    "surgery",
-    "parallel",
-    "train",
+    *("errors", "report", "moe", "checkpoint", "family", "backbone", "auto", "data", "evaluate", "export", "grow"),
+    *("upcycle", "surgery", "parallel", "optim", "distil", "train", "plan", "lens", "demo", "options", "cli"),
+    "__main__",
 ]
-ROOMS += ["plan", "report", "lens", "demo", "options", "cli", "__main__"]
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EVERYTHING = sorted(

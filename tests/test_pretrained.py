@@ -27,30 +27,7 @@ from moewright.backbone.graft import graft, moe_layers, ungraft
 from moewright.backbone.skeleton import has_tied_head
 from moewright.errors import ModelError, UsageError
 from tests.models import FAMILIES, logits_of, plain_transformers, relative, tiny_model, write_dense
-from tests.test_families import INPUT, grafted, moe_of, same_state
-
-SIGMOID = {"score": "sigmoid", "selection_bias": True, "renormalize": True}
-SOFTMAX_FIRST: dict[str, Any] = {"router_order": "softmax-topk"}
-KINDS: dict[str, tuple[str, dict[int, dict[str, Any]], dict[str, Any]]] = {
-    "mixtral": ("llama", {0: {}, 1: {}}, {}),
-    "mixtral, tied": ("llama", {0: {}, 1: {}}, {"tie_word_embeddings": True}),
-    "qwen2_moe, silent": ("llama", {0: SOFTMAX_FIRST, 1: SOFTMAX_FIRST}, {}),
-    "qwen2_moe, doubled": ("llama", {1: SOFTMAX_FIRST | {"shared_size": 8}}, {}),
-    "qwen3_moe": ("qwen3", {0: {}, 1: {}}, {}),
-    "flex_olmo": ("olmo2", {0: {}, 1: {}}, {}),
-    "granitemoe": ("granite", {0: {}, 1: {}}, {}),
-    "switch_transformers": ("t5", {n: {"top_k": 1} for n in range(4)}, {}),
-    "glm4_moe": ("llama", {1: SIGMOID}, {}),
-    "glm4_moe, silent": ("qwen2", {0: {"score": "sigmoid"}, 1: {"score": "sigmoid"}}, {}),
-    "moewright": ("llama", {0: SIGMOID}, {}),
-    "moewright, inline": ("bart", {0: {}, 3: SIGMOID}, {}),
-}
-"""Of each format one: backbone, changes to each sparse layer's settings, changes to the config."""
-
-
-def model_of(kind: str) -> Any:
-    model_type, layers, changes = KINDS[kind]
-    return grafted(model_type, {n: moe_of(model_type, **settings) for n, settings in layers.items()}, **changes)
+from tests.sparse import INPUT, KINDS, grafted, model_of, moe_of, same_state
 
 
 def content(folder: Path) -> dict[str, bytes]:

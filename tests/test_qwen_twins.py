@@ -9,7 +9,7 @@ from moewright.backbone.folder import load_model, save_model
 from moewright.backbone.graft import moe_layers
 from moewright.errors import ModelError
 from tests.models import logits_of, plain_transformers, relative, tiny_model
-from tests.test_families import grafted, moe_of, same_state
+from tests.sparse import grafted, moe_of, same_state
 
 INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
 FULL, SLIDING = "full_attention", "sliding_attention"

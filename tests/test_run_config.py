@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from moewright.data.config import DataConfig
 from moewright.errors import UsageError
-from moewright.train.config import MoESettings, RunConfig, TrainConfig, ignored_settings, load_run
+from moewright.moe.config import MoESettings
+from moewright.train.config import RunConfig, TrainConfig, ignored_settings, load_run
 from moewright.train.tree import build, defaults, flatten, merge_overrides, to_toml
 from moewright.upcycle.config import UpcycleConfig
 

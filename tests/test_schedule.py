@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from moewright.train.schedule import Schedule, learning_rate
+from moewright.optim.schedule import Schedule, learning_rate
 
 
 def rates(schedule: Schedule, *, steps: int, warmup: int = 0, decay: int = 0, ratio: float = 0.1) -> list[float]:

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from moewright.backbone.folder import load_model
 from moewright.errors import CheckpointError, DataError, ModelError, Preempted, UsageError
+from moewright.moe.config import MoESettings
 from moewright.train import loop
-from moewright.train.config import MoESettings, RunConfig, load_run
+from moewright.train.config import RunConfig, load_run
 from moewright.train.loop import train
 from moewright.train.metrics import read_json_lines
 from moewright.train.resume import stop_on_signals

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from moewright.backbone.graft import configure, graft
 from moewright.data.pack import IGNORE, Batch, PackedRows
 from moewright.moe.config import MoEConfig
+from moewright.optim.adamw import make_optimizer
 from moewright.train.config import TrainConfig
 from moewright.train.loop import held_out_loss, language_loss, train_step
-from moewright.train.optim import make_optimizer
 from moewright.train.start import recompute_blocks
 from tests.models import tiny_model
 

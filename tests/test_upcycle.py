@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moewright.backbone.family import chosen_layers
 from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.inspect import inspect_folder
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import DataError, ModelError, UsageError
+from moewright.evaluate.compare import broken_groups
+from moewright.family.table import chosen_layers
 from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
 from moewright.upcycle.apply import upcycle_folder, upcycle_model
@@ -26,7 +27,6 @@ from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import plan_upcycle
 from moewright.upcycle.routers import start_rows
 from moewright.upcycle.scale import Factors, balanced, expected_weight_sum, factors, mean_weight_sum, published
-from moewright.upcycle.verify import broken_groups
 from tests.models import FAMILIES, logits_of, plain_transformers, relative, tiny_config, write_dense
 
 INPUT = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(0))

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moewright import cli
-from moewright.backbone.family import family_of
 from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
+from moewright.data.tokenizer import tokenise
 from moewright.errors import CheckpointError, DataError, ModelError, UsageError
-from moewright.evaluate.perplexity import tokenise
+from moewright.family.table import family_of
 from moewright.train.config import load_run
 from moewright.train.loop import train
 from moewright.upcycle import observe as observe_module

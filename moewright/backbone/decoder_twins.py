@@ -7,12 +7,12 @@ from typing import Any, Final
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moewright.backbone.family import config_errors, family_of
 from moewright.backbone.glm_twin import GLM4_MOE
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.layout import Layout, Slot
 from moewright.backbone.twin import Layers, Twin, head_size, slides, truth, whole_number
 from moewright.errors import ModelError
+from moewright.family.table import config_errors, family_of
 from moewright.moe.config import MoEConfig
 
 SILENT_SIZE: Final = 64

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from moewright import __version__
-from moewright.backbone.family import Family, backbone_config, family_of
 from moewright.backbone.formats import OWN, TWINS, choose_format, is_sparse, read_sparse, says_tied, sparse_fields
 from moewright.backbone.graft import graft, moe_layers
 from moewright.backbone.layout import Slot, own_name, slots
@@ -28,6 +27,7 @@ from moewright.checkpoint.read import RECORD, ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
 from moewright.errors import ModelError
+from moewright.family.table import Family, backbone_config, family_of
 
 GENERATION: Final = "generation_config.json"
 RECOMPUTED: Final = (r"rotary_emb\.inv_freq$", r"embed_positions\.weights$")

@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moewright.backbone.decoder_twins import DECODERS
-from moewright.backbone.family import FAMILIES, backbone_config, dense_families
 from moewright.backbone.seq2seq_twins import SEQ2SEQ
 from moewright.backbone.twin import Layers, Twin, dense_fields, truth
 from moewright.errors import ModelError, UsageError
+from moewright.family.table import FAMILIES, backbone_config, dense_families
 from moewright.moe.config import MoEConfig
 
 OWN: Final = "moewright"

@@ -8,11 +8,11 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import family_of
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.layout import Layout, Slot
 from moewright.backbone.twin import Layers, Twin, head_size, number, slides, truth, whole_number
 from moewright.errors import ModelError
+from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig
 
 

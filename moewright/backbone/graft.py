@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import Place, family_of
 from moewright.errors import UsageError
+from moewright.family.table import Place, family_of
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer

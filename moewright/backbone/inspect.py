@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from moewright.backbone.family import family_of
 from moewright.backbone.folder import empty_model_of, folder_dtype
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import embedding_of, has_tied_head
 from moewright.checkpoint.read import RECORD, ModelFolder
+from moewright.family.table import family_of
 
 
 def inspect_folder(path: str | Path, *, checksums: bool = False) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import Place, family_of
 from moewright.backbone.graft import moe_layers, moe_path
 from moewright.backbone.skeleton import embedding_of, has_tied_head
+from moewright.family.table import Place, family_of
 from moewright.moe.layer import MoELayer
 
 PARTS: Final = {

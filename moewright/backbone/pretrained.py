@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
-from moewright.backbone.family import family_of
 from moewright.backbone.folder import RECOMPUTED, Form, form_of, write_model
 from moewright.backbone.formats import TWINS
 from moewright.backbone.graft import graft, moe_layers
@@ -25,6 +24,7 @@ from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.files import some
 from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
 from moewright.errors import ModelError, UsageError
+from moewright.family.table import family_of
 
 TAKEN: Final[dict[str, tuple[Any, ...]]] = {
     "safe_serialization": (True, None),

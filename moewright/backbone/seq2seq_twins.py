@@ -7,11 +7,11 @@ from typing import Any, Final
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import family_of
 from moewright.backbone.layout import Layout, Slot
 from moewright.backbone.skeleton import embedding_of, has_tied_head
 from moewright.backbone.twin import Layers, Twin, number, truth
 from moewright.errors import ModelError
+from moewright.family.table import family_of
 
 LONGEST: Final = 1 << 20
 """Tokens an expert may take of one sequence of a Switch folder, so that it drops none."""

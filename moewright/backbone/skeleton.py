@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import config_errors, family_of
+from moewright.family.table import config_errors, family_of
 
 
 @contextmanager

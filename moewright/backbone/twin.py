@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moewright.backbone.family import family_of
 from moewright.backbone.layout import Layout, Slot, slots
 from moewright.errors import ModelError, UsageError
+from moewright.family.table import family_of
 from moewright.moe.config import TRAINING_FIELDS, MoEConfig
 
 NOT_WRITTEN: Final = {

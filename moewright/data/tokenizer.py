@@ -1,9 +1,13 @@
-"""The tokenizer that a model folder carries."""
+"""The tokenizer that a model folder carries, and what it makes of text files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from moewright.data.texts import expand, texts_of
 from moewright.errors import ModelError
 
 
@@ -28,3 +32,17 @@ def load_tokenizer(folder: str | Path, *, vocabulary: int | None = None) -> PreT
             "copy the tokenizer that belongs to the model there"
         )
     return tokenizer
+
+
+def tokenise(folder: Path, files: Sequence[Path | str], *, vocabulary: int) -> list[Tensor]:
+    """The documents of the files as int64 token ids by the folder's tokenizer; no end token is added.
+
+    Raises `DataError` for a missing file or text that is not UTF-8, `ModelError` for a tokenizer that does not load
+    or has more entries than the model's `vocabulary`.
+    """
+    tokenizer = load_tokenizer(folder, vocabulary=vocabulary)
+    texts = []
+    for path in expand([str(file) for file in files]):
+        for text in texts_of(path):
+            texts.append(torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64))
+    return texts

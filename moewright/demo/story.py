@@ -16,14 +16,14 @@ from rich.console import Console
 
 from moewright.backbone.folder import load_model
 from moewright.backbone.inspect import inspect_folder
-from moewright.data.tokenizer import load_tokenizer
+from moewright.data.tokenizer import load_tokenizer, tokenise
 from moewright.demo.findings import Findings, Sizes
 from moewright.demo.model import gguf_path, write_smollm2
 from moewright.demo.pages import finish
 from moewright.demo.process import Finished, run_python, run_verb
 from moewright.demo.text import write_split
 from moewright.errors import MoewrightError, UsageError
-from moewright.evaluate.perplexity import paired_difference, tokenise
+from moewright.evaluate.perplexity import paired_difference
 from moewright.train.metrics import read_json_lines
 
 PROMPT: Final = 'def read_lines(path):\n    """Return the lines of a text file."""\n'

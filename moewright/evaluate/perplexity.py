@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from moewright.backbone.folder import load_model
-from moewright.data.texts import expand, texts_of
-from moewright.data.tokenizer import load_tokenizer
+from moewright.data.tokenizer import tokenise
 from moewright.errors import DataError, UsageError
 
 WINDOW = 1024
@@ -104,20 +103,6 @@ def _mean_of_clusters(sums: Sequence[float], counts: Sequence[int]) -> tuple[flo
         return mean, math.nan
     squares = math.fsum((s - mean * n) ** 2 for s, n in zip(sums, counts, strict=True))
     return mean, math.sqrt(clusters / (clusters - 1) * squares) / total
-
-
-def tokenise(folder: Path, files: Sequence[Path | str], *, vocabulary: int) -> list[Tensor]:
-    """The documents of the files as int64 token ids by the folder's tokenizer; no end token is added.
-
-    Raises `DataError` for a missing file or text that is not UTF-8, `ModelError` for a tokenizer that does not load
-    or has more entries than the model's `vocabulary`.
-    """
-    tokenizer = load_tokenizer(folder, vocabulary=vocabulary)
-    texts = []
-    for path in expand([str(file) for file in files]):
-        for text in texts_of(path):
-            texts.append(torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64))
-    return texts
 
 
 def evaluate_files(

@@ -1,7 +1,7 @@
 """What defines one mixture-of-experts layer, and which combinations make no sense."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Final, Literal, get_args
 
 from moewright.errors import UsageError
@@ -49,7 +49,56 @@ TRAINING_FIELDS: Final = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoEConfig:
+class MoESettings:
+    """How the layers of a model are trained: the `[moe]` table of a run file, and the part of a layer's config that may
+    change from run to run."""
+
+    balance_loss: float = 0.01
+    """Coefficient of the load-balancing loss of Switch Transformers, in each layer."""
+
+    balance_scope: BalanceScope = "micro-batch"
+    """Over what its load is counted: `micro-batch`, each `sequence`, or the `global` batch of the step."""
+
+    balance_adaptation: float = 0.0
+    """If not 0, the coefficient follows this times the dropped share, from `balance_loss` on (Skywork-MoE: 0.2)."""
+
+    max_balance_loss: float = 0.01
+    """The most that the adapted coefficient follows."""
+
+    z_loss: float = 0.0
+    """Coefficient of the router z-loss of ST-MoE, in each layer."""
+
+    input_jitter: float = 0.0
+    """The routers' inputs are multiplied with uniform noise from 1 - this to 1 + this."""
+
+    logit_noise: float = 0.0
+    """Noise of this scale is added to the routers' logits for the choice alone."""
+
+    noise: Noise = "normal"
+    """The distribution of `logit_noise`: `normal` or `gumbel`."""
+
+    capacity_factor: float = 0.0
+    """An expert takes at most this times its even share of a micro-batch's assignments; 0: no limit (dropless)."""
+
+    min_capacity: int = 4
+    """With a capacity factor, an expert takes at least this many."""
+
+    drop_policy: DropPolicy = "position"
+    """Which assignments an expert over its capacity drops: by `position`, by `probability`, or at `random`."""
+
+    first_choices_first: bool = False
+    """Whether every token's first choice goes before any token's second choice."""
+
+    kernel: str = "auto"
+    """Which kernel computes the experts, by its name in `moewright.moe.kernels`; `auto`: the device's fastest."""
+
+    def __post_init__(self) -> None:
+        # All that can be wrong with these settings alone; a layer has the rest of its options from the model.
+        MoEConfig(hidden_size=1, expert_size=1, num_experts=2, top_k=2, **asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig(MoESettings):
     """Everything that defines one layer; a combination that makes no sense raises `UsageError`.
 
     `docs/moe-layer.md` has the formula and the source of each option, and when to use it.
@@ -106,51 +155,14 @@ class MoEConfig:
     bias_update_rate: float = 0.0
     """By how much a step moves the selection bias of each expert towards an even load."""
 
-    input_jitter: float = 0.0
-    """In training, the router's input is multiplied with uniform noise from 1 - this to 1 + this."""
-
-    logit_noise: float = 0.0
-    """In training, noise of this scale is added to the logits for the choice alone."""
-
-    noise: Noise = "normal"
-    """The distribution of `logit_noise`."""
-
     logit_norm: float = 0.0
     """If not 0, logits are first brought to mean 0 and this standard deviation over the experts."""
 
-    # -- how many tokens an expert takes --
-
-    capacity_factor: float = 0.0
-    """In training, an expert takes at most this times its even share of the assignments; 0: no limit (dropless)."""
-
     eval_capacity_factor: float = 0.0
-    """The same in evaluation."""
-
-    min_capacity: int = 4
-    """An expert's capacity is at least this."""
-
-    drop_policy: DropPolicy = "position"
-    """Which assignments an expert over its capacity drops: the last, the least probable, or (in training) any."""
-
-    first_choices_first: bool = False
-    """Whether every first choice goes before every second choice, and so on, whatever the policy."""
-
-    # -- how the load is balanced --
+    """The capacity factor in evaluation."""
 
     balance_loss: float = 0.0
-    """Coefficient of the load-balancing loss of Switch Transformers."""
-
-    balance_scope: BalanceScope = "micro-batch"
-    """Over what the load is counted: the tokens at hand, each sequence, or the batches of all ranks in the step."""
-
-    balance_adaptation: float = 0.0
-    """If not 0, the coefficient follows this times the dropped share, from `balance_loss` on."""
-
-    max_balance_loss: float = 0.01
-    """The most that the adapted coefficient follows."""
-
-    z_loss: float = 0.0
-    """Coefficient of the router z-loss of ST-MoE."""
+    """As above, but off where nobody asks for it: a layer by itself has no loss."""
 
     # -- what an expert is --
 
@@ -172,9 +184,6 @@ class MoEConfig:
 
     output_masking: float = 0.0
     """In training, the share of expert outputs that are masked; in evaluation all are multiplied with the rest."""
-
-    kernel: str = "auto"
-    """Which kernel computes the experts, by its name in `moewright.moe.kernels.KERNELS`; auto: the device's best."""
 
     def __post_init__(self) -> None:
         if self.router_order is None and self.score == "softmax":

@@ -5,67 +5,17 @@ Each room owns its part; this file owns `[train]` and `[moe]`, composes the tree
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from moewright.checkpoint.files import overlap
 from moewright.data.config import DataConfig
 from moewright.errors import UsageError
-from moewright.moe.config import BalanceScope, DropPolicy, MoEConfig, Noise
-from moewright.train.schedule import Schedule
+from moewright.moe.config import MoESettings
+from moewright.optim.schedule import Schedule
 from moewright.train.tree import Override, build, merge_overrides
 from moewright.upcycle.config import UpcycleConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class MoESettings:
-    """The `[moe]` table: how the mixture-of-experts layers of the model are trained."""
-
-    balance_loss: float = 0.01
-    """Coefficient of the load-balancing loss of Switch Transformers, in each layer."""
-
-    balance_scope: BalanceScope = "micro-batch"
-    """Over what its load is counted: `micro-batch`, each `sequence`, or the `global` batch of the step."""
-
-    balance_adaptation: float = 0.0
-    """If not 0, the coefficient follows this times the dropped share, from `balance_loss` on (Skywork-MoE: 0.2)."""
-
-    max_balance_loss: float = 0.01
-    """The most that the adapted coefficient follows."""
-
-    z_loss: float = 0.0
-    """Coefficient of the router z-loss of ST-MoE, in each layer."""
-
-    input_jitter: float = 0.0
-    """The routers' inputs are multiplied with uniform noise from 1 - this to 1 + this."""
-
-    logit_noise: float = 0.0
-    """Noise of this scale is added to the routers' logits for the choice alone."""
-
-    noise: Noise = "normal"
-    """The distribution of `logit_noise`: `normal` or `gumbel`."""
-
-    capacity_factor: float = 0.0
-    """An expert takes at most this times its even share of a micro-batch's assignments; 0: no limit (dropless)."""
-
-    min_capacity: int = 4
-    """With a capacity factor, an expert takes at least this many."""
-
-    drop_policy: DropPolicy = "position"
-    """Which assignments an expert over its capacity drops: by `position`, by `probability`, or at `random`."""
-
-    first_choices_first: bool = False
-    """Whether every token's first choice goes before any token's second choice."""
-
-    kernel: str = "auto"
-    """Which kernel computes the experts, by its name in `moewright.moe.kernels`; `auto`: the device's fastest."""
-
-    def __post_init__(self) -> None:
-        for name in ("balance_loss", "z_loss"):
-            _at_least(f"moe.{name}", getattr(self, name), 0)
-        # All that can be wrong with these settings alone; a layer has the rest of its options from the model.
-        MoEConfig(hidden_size=1, expert_size=1, num_experts=2, top_k=2, **asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)

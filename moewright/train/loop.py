@@ -23,6 +23,8 @@ from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
 from moewright.data.pack import IGNORE, Batch, PackedRows, rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
+from moewright.optim.adamw import make_optimizer
+from moewright.optim.schedule import learning_rate
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
 from moewright.train.console import TrainingProgress
@@ -45,9 +47,7 @@ from moewright.train.metrics import (
     require_tensorboard,
     throughput,
 )
-from moewright.train.optim import make_optimizer
 from moewright.train.resume import Position, StopRequest, stop_on_signals
-from moewright.train.schedule import learning_rate
 from moewright.train.start import Start, start, text_digests, upcycle_digests
 
 

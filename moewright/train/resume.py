@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from moewright.checkpoint.state import load_state, save_state
 from moewright.errors import CheckpointError
+from moewright.optim.adamw import moments, set_moments
 from moewright.train.config import RunConfig
-from moewright.train.optim import moments, set_moments
 from moewright.train.tree import defaults, flatten
 
 FREE: Final = frozenset(

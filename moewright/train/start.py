@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moewright.backbone.device import device_of
 from moewright.backbone.folder import form_of, load_model
 from moewright.backbone.graft import configure, moe_layers
 from moewright.checkpoint.files import require_space
@@ -123,15 +124,6 @@ def recompute_blocks(model: PreTrainedModel) -> None:
     # The first is the name since transformers 5.23 or a little earlier, the second goes away in 6.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
-
-
-def device_of(device: str, *, name: str = "train.device") -> torch.device:
-    """What `auto`, `cpu` or `cuda` stands for; UsageError when a GPU is asked for and there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"{name} = cuda, but torch finds no GPU: use auto or cpu")
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
 
 
 def _read_rows(

@@ -18,14 +18,11 @@ from moewright.checkpoint.files import record_of, require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.data.texts import digest
+from moewright.data.tokenizer import tokenise
 from moewright.errors import ModelError
-from moewright.evaluate.perplexity import tokenise
+from moewright.evaluate.compare import EXACT_TOLERANCE, Comparison, compare
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import UpcyclePlan
-from moewright.upcycle.verify import Comparison, compare
-
-EXACT_TOLERANCE = 1e-4
-"""Largest relative logit difference in float32 that `exact` is committed with; 1e-6 to 1e-5 is usual."""
 
 
 @dataclass(frozen=True)

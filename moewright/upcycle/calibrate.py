@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from moewright.backbone.family import family_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import UsageError
+from moewright.family.table import family_of
 from moewright.upcycle.scale import expected_weight_sum
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import Family, family_of
 from moewright.backbone.folder import empty_model_of
 from moewright.backbone.formats import is_sparse
 from moewright.backbone.skeleton import has_tied_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError
+from moewright.family.table import Family, family_of
 from moewright.upcycle.siblings import average, check_siblings, sibling_of
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.family import Family, chosen_layers
 from moewright.backbone.folder import Form, constant, form_of, load_model
 from moewright.backbone.graft import graft
 from moewright.backbone.layout import Piece, Slot
@@ -20,10 +19,10 @@ from moewright.backbone.sizes import bytes_of, parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
-from moewright.data.tokenizer import load_tokenizer
+from moewright.data.tokenizer import load_tokenizer, tokenise
 from moewright.errors import ModelError, UsageError
-from moewright.evaluate.perplexity import tokenise
 from moewright.export.runtimes import foretold
+from moewright.family.table import Family, chosen_layers
 from moewright.moe.config import MoEConfig
 from moewright.upcycle.calibrate import expected_weight_sums
 from moewright.upcycle.cluster import activation_features, unit_rows

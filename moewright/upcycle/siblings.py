@@ -9,10 +9,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from moewright.backbone.family import backbone_config, family_of
 from moewright.checkpoint.files import file_inside, read_json
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, UsageError
+from moewright.family.table import backbone_config, family_of
 
 TOKENIZER: Final = "tokenizer.json"
 

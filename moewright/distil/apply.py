@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import family_of
+from moewright.backbone.device import device_of
 from moewright.backbone.folder import folder_dtype, load_model, save_model
 from moewright.backbone.formats import is_sparse
 from moewright.backbone.graft import moe_layers
@@ -28,12 +28,12 @@ from moewright.data.documents import read_documents
 from moewright.data.pack import PackedRows, pack
 from moewright.data.texts import digest, expand
 from moewright.data.tokenizer import load_tokenizer
+from moewright.distil.config import DistilConfig
+from moewright.distil.layerwise import Rows, distil_layers
 from moewright.errors import DataError, ModelError, UsageError
-from moewright.train.distil_config import DistilConfig
-from moewright.train.layerwise import Rows, distil_layers
-from moewright.train.start import device_of
+from moewright.evaluate.compare import Reference
+from moewright.family.table import family_of
 from moewright.upcycle.siblings import HARMLESS
-from moewright.upcycle.verify import Reference
 
 Track = Callable[[int], Callable[[int], None]]
 

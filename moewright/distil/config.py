@@ -12,7 +12,7 @@ DTYPES, DEVICES = get_args(Dtype), get_args(Device)
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig:
-    """How the layers of a mixture learn what their dense blocks compute; see `moewright.train.distil`.
+    """How the layers of a mixture learn what their dense blocks compute; see `moewright.distil.apply`.
 
     A setting that makes no sense raises `UsageError` when the config is made; what depends on the models (experts,
     positions, length of the text) is checked before anything is trained.

@@ -13,8 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moewright.backbone.axes import BART, GEMMA, GPT_NEOX, LLAMA, M2M_100, MBART, OLMO2, PHI3, T5, Growth
 from moewright.errors import ModelError, UsageError
+from moewright.family.axes import BART, GEMMA, GPT_NEOX, LLAMA, M2M_100, MBART, OLMO2, PHI3, T5, Growth
 from moewright.moe.activations import ACTIVATIONS
 
 

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from moewright.backbone.family import backbone_config, family_of
 from moewright.backbone.twin import dense_fields
 from moewright.errors import ModelError, UsageError
-from moewright.upcycle.grow_config import DEPTHS, Sizes
-from moewright.upcycle.grow_maps import layer_map
+from moewright.family.table import backbone_config, family_of
+from moewright.grow.config import DEPTHS, Sizes
+from moewright.grow.maps import layer_map
 
 
 def sizes_of(config: PreTrainedConfig) -> Sizes:

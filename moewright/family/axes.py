@@ -1,6 +1,6 @@
 """What the dims of a family's tensors count: what `moewright grow` must know to make them larger.
 
-A row of `family.py` refers to one of the records below.
+A row of `table.py` refers to one of the records below.
 """
 
 from collections.abc import Mapping

@@ -6,20 +6,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import family_of
 from moewright.backbone.folder import load_model
 from moewright.backbone.graft import moe_layers, moe_path
 from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError, ModelError
+from moewright.family.table import family_of
 from moewright.moe.router import Routing
 
+EXACT_TOLERANCE: Final = 1e-4
+"""Largest relative logit difference in float32 that `exact` is committed with; 1e-6 to 1e-5 is usual."""
 VERIFY_TOKENS = 2048
 VERIFY_WINDOW = 512
 LAYER_TOKENS = 256

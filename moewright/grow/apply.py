@@ -15,8 +15,6 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.axes import Axes
-from moewright.backbone.family import FAMILIES, growing_families
 from moewright.backbone.folder import Form, empty_model_of, fill
 from moewright.backbone.formats import is_sparse
 from moewright.backbone.layout import slots
@@ -26,13 +24,14 @@ from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter
+from moewright.data.tokenizer import tokenise
 from moewright.errors import ModelError, UsageError
-from moewright.evaluate.perplexity import tokenise
-from moewright.upcycle.apply import EXACT_TOLERANCE
-from moewright.upcycle.grow_backbone import grown_config, sizes_of
-from moewright.upcycle.grow_config import GrowConfig, grown_sizes
-from moewright.upcycle.grow_maps import axis_maps, grow_tensor, layer_map
-from moewright.upcycle.verify import Comparison, compare
+from moewright.evaluate.compare import EXACT_TOLERANCE, Comparison, compare
+from moewright.family.axes import Axes
+from moewright.family.table import FAMILIES, growing_families
+from moewright.grow.backbone import grown_config, sizes_of
+from moewright.grow.config import GrowConfig, grown_sizes
+from moewright.grow.maps import axis_maps, grow_tensor, layer_map
 
 
 class GrowPlan:

@@ -23,13 +23,13 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moewright.backbone.family import FAMILIES, Family, backbone_config
 from moewright.backbone.folder import dtype_named, load_model
 from moewright.backbone.formats import OWN, read_sparse
 from moewright.backbone.graft import graft, moe_layers
 from moewright.backbone.skeleton import empty_model, materialise
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, UsageError
+from moewright.family.table import FAMILIES, Family, backbone_config
 from moewright.moe.layer import MoELayer
 
 PASSED_ON: Final = ("_from_auto", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",

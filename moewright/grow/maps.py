@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moewright.backbone.axes import Axes, Axis
-from moewright.upcycle.grow_config import Sizes
+from moewright.family.axes import Axes, Axis
+from moewright.grow.config import Sizes
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.family import family_of
 from moewright.backbone.graft import moe_layers, moe_path
 from moewright.checkpoint.files import some
 from moewright.data.pack import Batch, PackedRows, rows_at
+from moewright.distil.config import DistilConfig
 from moewright.errors import CheckpointError, ModelError, UsageError
-from moewright.moe.config import MoEConfig
+from moewright.family.table import family_of
+from moewright.moe.config import MoEConfig, MoESettings
 from moewright.moe.layer import MoELayer
 from moewright.moe.stats import load_imbalance
-from moewright.train.config import MoESettings
-from moewright.train.distil_config import DistilConfig
-from moewright.train.optim import make_optimizer
-from moewright.train.schedule import learning_rate
+from moewright.optim.adamw import make_optimizer
+from moewright.optim.schedule import learning_rate
 
 BETAS: Final = (0.9, 0.95)
 WARMUP_SHARE: Final = 0.05

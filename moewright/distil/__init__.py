@@ -1,0 +1,1 @@
+"""What a sparse model learns from a dense one."""

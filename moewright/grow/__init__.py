@@ -1,0 +1,1 @@
+"""Dense to dense: a larger model from a trained one."""
