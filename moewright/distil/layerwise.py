@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import moe_layers, moe_path
+from moewright.backbone.blocks import moe_layers, moe_path
 from moewright.checkpoint.files import some
 from moewright.data.pack import Batch, PackedRows, rows_at
 from moewright.distil.config import DistilConfig
