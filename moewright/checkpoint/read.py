@@ -88,13 +88,14 @@ class ModelFolder:
         if wrong:
             raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {some(wrong)}")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         """Read one tensor, in its stored dtype, into memory of its own.
 
+        With ``index``, a slice without step for each dim or for the first few, only the bytes of that part are read.
         ModelError if it holds NaN or Inf, unless the folder was opened with ``allow_nonfinite``.
         """
         with reading(self.path):
-            tensor = read_tensor(self.tensors[name])
+            tensor = read_tensor(self.tensors[name], index)
         if not self.allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
             # The extremes tell (NaN spreads to both) and, unlike isfinite, need no mask of the tensor's size.
             # Pieces that torch does not share out: its threads would spin against ours, which hash.

@@ -6,11 +6,13 @@ memory at once, and takes whatever a header claims to the operating system; henc
 """
 
 import contextlib
+import itertools
 import json
 import math
 import mmap
+import operator
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -138,15 +140,41 @@ def _damaged(path: Path, what: str) -> ModelError:
     return ModelError(f"{path}: {what}; copy or download the file again")
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Read one tensor into memory of its own; ModelError if the file has become shorter since its header was read."""
-    data = _memory(info.end - info.start)
-    with info.file.open("rb") as file:
-        file.seek(info.start)
-        found = file.readinto(data.numpy().data)
-    if found != len(data):
-        raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
-    return data.view(info.dtype).reshape(info.shape)
+def read_tensor(info: TensorInfo, index: tuple[slice, ...] | None = None) -> Tensor:
+    """Read one tensor into memory of its own, or the part ``index`` of it: then the bytes of that part and no others.
+
+    ``index`` holds a slice without step for each dim, or for the first few. ModelError if the file has become shorter
+    since its header was read.
+    """
+    parts = (*(index or ()), *(slice(None) for _ in info.shape[len(index or ()) :]))
+    dims = [range(size)[part] for size, part in zip(info.shape, parts, strict=True)]
+    assert all(dim.step == 1 for dim in dims), f"{info.name}: a slice of {index} has a step"
+    shape = [len(dim) for dim in dims]
+    data = _memory(math.prod(shape) * info.dtype.itemsize)
+    # Not mapped into memory: a file that shrinks meanwhile, or a bad disk, would then end the process with a signal.
+    with info.file.open("rb", buffering=0) as file:
+        rest = data.numpy().data
+        for start, size in _stretches(info, dims) if len(rest) else ():
+            file.seek(start)
+            while size and (count := file.readinto(rest[:size])):
+                rest, size = rest[count:], size - count
+            if size:
+                found = len(data) - len(rest)
+                raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
+    return data.view(info.dtype).reshape(shape)
+
+
+def _stretches(info: TensorInfo, dims: Sequence[range]) -> Iterator[tuple[int, int]]:
+    """Start and size in bytes of each stretch of the file that a part consists of, in order."""
+    strides = [math.prod(info.shape[dim + 1 :]) * info.dtype.itemsize for dim in range(len(dims))]
+    # The last dim that is not whole: from there on the part lies in one piece.
+    last = max((dim for dim, part in enumerate(dims) if len(part) < info.shape[dim]), default=-1)
+    if last < 0:
+        yield info.start, info.end - info.start
+        return
+    first, size = dims[last].start * strides[last], len(dims[last]) * strides[last]
+    for place in itertools.product(*dims[:last]):
+        yield info.start + first + sum(map(operator.mul, place, strides)), size
 
 
 def _memory(size: int) -> Tensor:
