@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from moewright.checkpoint.ahead import hash_ahead
-from moewright.checkpoint.files import MAX_JSON_BYTES
 from moewright.checkpoint.read import GRAIN, ModelFolder
 from moewright.checkpoint.tensorfile import DTYPES, LazyTensor, read_header, read_tensor
+from moewright.checkpoint.untrusted import MAX_JSON_BYTES
 from moewright.checkpoint.write import FolderWriter
 from moewright.errors import ModelError
 from tests.models import tiny_model

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from moewright.checkpoint.ahead import HashesAhead
 from moewright.checkpoint.check import difference
-from moewright.checkpoint.files import file_inside, parse_records, read_json, reading, record_of, some
+from moewright.checkpoint.disk import reading
+from moewright.checkpoint.files import record_of
 from moewright.checkpoint.tensorfile import TensorInfo, read_header, read_tensor
-from moewright.errors import ModelError
+from moewright.checkpoint.untrusted import file_inside, parse_records, read_json
+from moewright.errors import ModelError, listed
 
 GRAIN = 2**15  # elements; from here on torch uses several threads
 CONFIG = "config.json"
@@ -70,7 +72,7 @@ class ModelFolder:
             self.tensors = _read_headers(self.path)
         quantised = [info.name for info in self.tensors.values() if info.dtype in FLOAT8]
         if quantised:
-            raise _quantised(self.path, f"float8 tensors {some(quantised)}")
+            raise _quantised(self.path, f"float8 tensors {listed(quantised)}")
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: Collection[str] = ()) -> None:
         """Compare names and shapes with ``expected``; ModelError lists the first five that differ.
@@ -79,14 +81,14 @@ class ModelFolder:
         """
         missing = [name for name in expected if name not in self.tensors and name not in optional]
         if missing:
-            raise ModelError(f"{self.path}: tensors missing that {CONFIG} calls for: {some(missing)}")
+            raise ModelError(f"{self.path}: tensors missing that {CONFIG} calls for: {listed(missing)}")
         unknown = [name for name in self.tensors if name not in expected and name not in optional]
         if unknown:
-            raise ModelError(f"{self.path}: tensors that {CONFIG} has no place for: {some(unknown)}")
+            raise ModelError(f"{self.path}: tensors that {CONFIG} has no place for: {listed(unknown)}")
         shapes = [(name, self.tensors[name].shape, expected[name]) for name in expected if name in self.tensors]
         wrong = [f"{name} is {list(found)}, not {list(due)}" for name, found, due in shapes if found != tuple(due)]
         if wrong:
-            raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {some(wrong)}")
+            raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {listed(wrong)}")
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         """Read one tensor, in its stored dtype, into memory of its own.
@@ -151,7 +153,7 @@ class ModelFolder:
             raise ModelError(f"{self.path / RECORD}: {error}; write the folder again") from error
         unlisted = sorted({file.name for file in self._weight_files()} - records.keys())
         if unlisted:
-            raise ModelError(f"{self.path}: {RECORD} does not list {some(unlisted)}; write the folder again")
+            raise ModelError(f"{self.path}: {RECORD} does not list {listed(unlisted)}; write the folder again")
         for name, record in records.items():
             with reading(self.path):
                 there = os.path.lexists(self.path / name)
@@ -227,11 +229,11 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
 def _no_weights(path: Path) -> ModelError:
     shards = sorted(file.name for file in path.glob("*.safetensors"))
     if shards:
-        return ModelError(f"{path}: {some(shards)}, but no {INDEX} (for one file: no {WEIGHTS}); download it too")
+        return ModelError(f"{path}: {listed(shards)}, but no {INDEX} (for one file: no {WEIGHTS}); download it too")
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     if pickles:
         return ModelError(
-            f"{path}: only pickled weights ({some(pickles)}), which can run code; if you trust them, "
+            f"{path}: only pickled weights ({listed(pickles)}), which can run code; if you trust them, "
             "convert them with transformers: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST)"
         )
     return ModelError(f"{path}: no {WEIGHTS} and no {INDEX}; download the weights too")
@@ -254,8 +256,8 @@ def _read_shards(path: Path) -> dict[str, TensorInfo]:
             else:
                 unlisted.append(name)
     if unlisted:
-        raise ModelError(f"{index}: tensors in the shards that it lacks: {some(unlisted)}; download the folder again")
+        raise ModelError(f"{index}: tensors in the shards that it lacks: {listed(unlisted)}; download the folder again")
     absent = [name for name in places if name not in tensors]
     if absent:
-        raise ModelError(f"{index}: names tensors that its shards lack: {some(absent)}; download the folder again")
+        raise ModelError(f"{index}: names tensors that its shards lack: {listed(absent)}; download the folder again")
     return tensors

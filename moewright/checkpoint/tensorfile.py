@@ -166,15 +166,12 @@ def read_tensor(info: TensorInfo, index: tuple[slice, ...] | None = None) -> Ten
 
 def _stretches(info: TensorInfo, dims: Sequence[range]) -> Iterator[tuple[int, int]]:
     """Start and size in bytes of each stretch of the file that a part consists of, in order."""
-    strides = [math.prod(info.shape[dim + 1 :]) * info.dtype.itemsize for dim in range(len(dims))]
-    # The last dim that is not whole: from there on the part lies in one piece.
-    last = max((dim for dim, part in enumerate(dims) if len(part) < info.shape[dim]), default=-1)
-    if last < 0:
-        yield info.start, info.end - info.start
-        return
-    first, size = dims[last].start * strides[last], len(dims[last]) * strides[last]
-    for place in itertools.product(*dims[:last]):
-        yield info.start + first + sum(map(operator.mul, place, strides)), size
+    sizes, dims = (1, *info.shape), (range(1), *dims)  # a scalar has a dim, too
+    strides = [math.prod(sizes[dim + 1 :]) * info.dtype.itemsize for dim in range(len(sizes))]
+    # From the last dim that is not whole on, the part lies in one piece.
+    last = max((dim for dim, part in enumerate(dims) if len(part) < sizes[dim]), default=0)
+    for place in itertools.product(*dims[:last], dims[last][:1]):
+        yield info.start + sum(map(operator.mul, place, strides)), len(dims[last]) * strides[last]
 
 
 def _memory(size: int) -> Tensor:
