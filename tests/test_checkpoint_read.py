@@ -184,7 +184,6 @@ def test_a_folder_of_transformers_reads_back(tmp_path: Path) -> None:
     assert len({info.file for info in folder.tensors.values()}) > 1
     folder.check({name: tuple(tensor.shape) for name, tensor in expected.items()})
     assert folder.dtype() == torch.float32
-    assert folder.parameter_count() == sum(tensor.numel() for tensor in expected.values())
     for name, tensor in expected.items():
         assert torch.equal(folder.read(name), tensor)
     assert folder.config["hidden_size"] == 32

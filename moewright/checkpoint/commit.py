@@ -9,8 +9,8 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from moewright.checkpoint.disk import remove, sync
@@ -20,6 +20,7 @@ from moewright.checkpoint.lock import lock_folder
 from moewright.errors import ModelError
 
 
+@dataclass
 class NewFolder:
     """A new folder on its way to ``home``, where at any moment the old one, nothing, or the whole new one lies.
 
@@ -27,42 +28,35 @@ class NewFolder:
     records added to ``records``; `commit` puts the folder in place. Leaving the block without it removes what was made.
     Several processes may write into ``path``: the one in the block gathers their records, and commits.
 
-    With ``replace`` a folder in place is moved ``aside`` and, once the new one has arrived, deleted. With ``into`` the
-    folder in place stays, and the files are moved into it. The remains of a killed process (a temporary folder, a
-    folder moved aside, half a move) are put right when the block is entered; after that ``check`` may refuse the home
-    by an error of its own. ``target`` is the place as the user knows it, for messages.
-
-    ModelError if another process is writing to ``path``, or something else took the place of a folder moved aside;
-    OSError as the system raises it.
+    The remains of a killed process (a temporary folder, a folder moved aside, half a move) are put right when the block
+    is entered. ModelError if another process is writing to ``path``, or something else took the place of a folder moved
+    aside; OSError as the system raises it.
     """
 
+    home: Path
     path: Path
-    records: dict[str, FileRecord]
+    aside: Path
+    marker: str
+    """Name of the file that is written last and lists the others."""
+    target: Path
+    """The place as the user knows it, for messages."""
+    replace: bool = False
+    """Whether a folder in place is moved ``aside`` and, once the new one has arrived, deleted."""
+    into: Move | None = None
+    """How the files are moved into a folder in place, which stays."""
+    check: Callable[[], None] = lambda: None
+    """Called once remains are put right: may refuse what is in place by an error of its own."""
+    records: dict[str, FileRecord] = field(default_factory=dict)
 
-    def __init__(
-        self,
-        home: Path,
-        *,
-        marker: str,
-        temporary: Path,
-        aside: Path,
-        replace: bool = False,
-        into: Move | None = None,
-        check: Callable[[], None] = lambda: None,
-        target: Path,
-    ) -> None:
-        self.path, self.records = temporary, {}
-        self._home, self._marker, self._aside, self._target = home, marker, aside, target
-        self._replace, self._into, self._check = replace, into, check
-        self._committed = self._moving = False
+    _committed = _moving = False
 
     def __enter__(self) -> Self:
-        self._new_parents = [folder for folder in self._home.parents if not folder.exists()]
-        self._home.parent.mkdir(parents=True, exist_ok=True)
+        self._new_parents = [folder for folder in self.home.parents if not folder.exists()]
+        self.home.parent.mkdir(parents=True, exist_ok=True)
         self._lock = self._make_and_lock()
         try:
             self._mend()
-            self._check()
+            self.check()
             for leftover in self.path.iterdir():
                 remove(leftover)
         except BaseException:
@@ -70,9 +64,7 @@ class NewFolder:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._committed:
             os.close(self._lock)
         else:
@@ -88,20 +80,20 @@ class NewFolder:
             self.records[name] = record_of(self.path / name)
         sync(self.path)
         # Whole or not there: a move that was interrupted is known by it.
-        replace_text(self.path / self._marker, json_bytes({**content, "files": self.records}).decode())
-        if self._into is not None:
-            old, new = self._into.plan()
+        replace_text(self.path / self.marker, json_bytes({**content, "files": self.records}).decode())
+        if self.into is not None:
+            old, new = self.into.plan()
             self._moving = True  # from here on the temporary folder may hold what the target lacks
-            self._into.carry_out(old, new)
+            self.into.carry_out(old, new)
             remove(self.path)
             self._committed = True
         else:
-            if self._replace and os.path.lexists(self._home):
-                self._home.rename(self._aside)
-            self.path.rename(self._home)
+            if self.replace and os.path.lexists(self.home):
+                self.home.rename(self.aside)
+            self.path.rename(self.home)
             self._committed = True
-            sync(self._home.parent)
-            remove(self._aside)
+            sync(self.home.parent)
+            remove(self.aside)
 
     def _make_and_lock(self) -> int:
         """Make the temporary folder, or take over one whose writer is dead; returns the locked descriptor."""
@@ -116,7 +108,7 @@ class NewFolder:
             except FileNotFoundError:
                 continue  # its owner has just finished with it
             except BlockingIOError as error:
-                raise ModelError(f"{self._target}: another process is writing it; wait for it or stop it") from error
+                raise ModelError(f"{self.target}: another process is writing it; wait for it or stop it") from error
             if not locked:
                 if not made:
                     os.close(descriptor)
@@ -125,32 +117,32 @@ class NewFolder:
                         "still runs; remove the folder if it does not"
                     )
                 warnings.warn(
-                    f"{self._target}: no locks on this file system; let no other process write it", stacklevel=4
+                    f"{self.target}: no locks on this file system; let no other process write it", stacklevel=4
                 )
             return descriptor
 
     def _mend(self) -> None:
         """Finish or undo a commit that was interrupted between its renames."""
-        if self._into is not None:
+        if self.into is not None:
             self._moving = True
-            self._into.finish()
+            self.into.finish()
             self._moving = False
-        if not self._aside.exists():
+        if not self.aside.exists():
             return
-        if (self._home / self._marker).exists():  # the new folder arrived, and only the deletion is missing
-            remove(self._aside)
-        elif self._home.exists() and any(self._home.iterdir()):
-            raise ModelError(f"{self._target}: something else took the place of {self._aside}; remove one of them")
+        if (self.home / self.marker).exists():  # the new folder arrived, and only the deletion is missing
+            remove(self.aside)
+        elif self.home.exists() and any(self.home.iterdir()):
+            raise ModelError(f"{self.target}: something else took the place of {self.aside}; remove one of them")
         else:
-            self._aside.rename(self._home)
+            self.aside.rename(self.home)
             warnings.warn(
-                f"{self._target}: an overwrite had been interrupted; the old folder is in place again", stacklevel=2
+                f"{self.target}: an overwrite had been interrupted; the old folder is in place again", stacklevel=2
             )
 
     def _give_up(self) -> None:
         """Remove what we made. The lock is held to the end, so nobody takes the folder for a stale one."""
-        if self._aside.exists() and not self._home.exists():
-            self._aside.rename(self._home)
+        if self.aside.exists() and not self.home.exists():
+            self.aside.rename(self.home)
         if not self._moving:  # else it holds what the target lacks, for the next writer
             remove(self.path)
         os.close(self._lock)

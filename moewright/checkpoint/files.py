@@ -8,10 +8,10 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Protocol, Required, Self, TypedDict
+from typing import Any, Final, Required, Self, TypedDict
 
 from moewright.checkpoint.disk import sync
+from moewright.checkpoint.tree import TreeHasher
 
 CHUNK_BYTES: Final = 2**24
 LARGE_BYTES: Final = 2**20
@@ -27,19 +27,6 @@ class FileRecord(TypedDict, total=False):
     """Of a file of tensors, by `checkpoint/tree.py`."""
 
 
-class Hasher(Protocol):
-    """Hashes a file while it is written; those of ``hashlib`` are such."""
-
-    name: str
-    """The key of the hash in a `FileRecord`."""
-
-    def update(self, data: bytes | memoryview, /) -> object:
-        """The next bytes."""
-
-    def hexdigest(self) -> str:
-        """The hash of all bytes."""
-
-
 class HashedFile:
     """A new file, hashed while it is written and on the disk when the ``with`` block has ended.
 
@@ -49,8 +36,8 @@ class HashedFile:
     Without a ``hasher`` the hash is SHA-256 over the whole file.
     """
 
-    def __init__(self, path: Path, hasher: Hasher | None = None) -> None:
-        self._hasher = hashlib.sha256() if hasher is None else hasher
+    def __init__(self, path: Path, hasher: TreeHasher | None = None) -> None:
+        self._hasher = hasher or hashlib.sha256()
         self._file = path.open("xb")
         self._bytes = 0
         self._threads = ThreadPoolExecutor(3)
@@ -93,16 +80,14 @@ class HashedFile:
     @property
     def record(self) -> FileRecord:
         """Length and hash of the file, after the block."""
-        if self._hasher.name == "sha256_tree":
+        if isinstance(self._hasher, TreeHasher):
             return {"bytes": self._bytes, "sha256_tree": self._hasher.hexdigest()}
         return {"bytes": self._bytes, "sha256": self._hasher.hexdigest()}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file, self._threads:
             if kind is None:
                 self._wait()

@@ -26,17 +26,17 @@ RECORD = "moewright.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INSIDE = ".moewright-tmp"
-"""What ``FolderWriter`` calls its temporary folder in a target that it writes into."""
+"""The temporary folder of a model on its way into an existing folder."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Settings through which a config can make transformers import or download code. Such a choice is the caller's alone.
 CODE_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "trust_remote_code"})
-# A number, whatever its name says: how Gemma's configs before transformers 5 say which layers slide.
+# A number in spite of its name: by it, Gemma's configs before transformers 5 tell sliding layers from others.
 PLAIN_PRIVATE = frozenset({"_sliding_window_pattern"})
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def interrupted_name(name: str) -> str:
-    """What ``FolderWriter`` calls the old folder ``name`` while it puts a new one in its place."""
+    """The name of the old folder ``name`` while a new one is put in its place."""
     return f".{name}.moewright-old"
 
 
@@ -47,8 +47,8 @@ class ModelFolder:
     no code that a folder names is ever run. ``record`` is moewright.json, or None in a folder that we did not write.
     ``tensors`` lists the tensors in the order of their files and of their bytes.
 
-    Tensors that hold NaN or Inf are refused when they are read, unless ``allow_nonfinite``. ``hashes`` are those of its
-    files, if they are computed already.
+    Tensors that hold NaN or Inf are refused when they are read, unless ``allow_nonfinite``. ``hashes`` are the hashes
+    of its files, where they have been computed already.
 
     ModelError if the folder is missing, empty, damaged, quantised, holds only pickled weights, or names a file
     outside itself. Files are opened anew for each read, so nothing needs to be closed.
@@ -125,10 +125,6 @@ class ModelFolder:
             warnings.warn(f"{self.path}: weights of mixed dtypes {names}; {chosen} is used for all", stacklevel=2)
             self._told_of_dtypes = True
         return widest
-
-    def parameter_count(self) -> int:
-        """Number of elements in the files, a tensor that is tied and stored once counted once."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over config.json and the weight files; reads every byte that was not hashed ahead."""

@@ -50,14 +50,8 @@ def save_state(
         root.mkdir(parents=True, exist_ok=True)
         lazy = {name: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
         require_space(root, sum(entry.nbytes for entry in lazy.values()))
-        with NewFolder(
-            final,
-            marker=MARKER,
-            temporary=final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}"),
-            aside=final.with_name(f"{final.name}.old-{uuid.uuid4().hex}"),
-            replace=True,
-            target=root,
-        ) as new:
+        work, aside = (root / f"{final.name}.{kind}-{uuid.uuid4().hex}" for kind in ("tmp", "old"))
+        with NewFolder(final, work, aside, MARKER, target=root, replace=True) as new:
             new.records[TENSORS] = write_tensor_file(new.path / TENSORS, lazy)
             new.records[FACTS] = write_bytes(new.path / FACTS, json_bytes(facts))
             new.commit({"schema": SCHEMA, "step": step, "torch": torch.__version__})

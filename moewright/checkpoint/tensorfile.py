@@ -188,14 +188,6 @@ def _memory(size: int) -> Tensor:
     return torch.frombuffer(block, dtype=torch.uint8)
 
 
-def layout(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """The order of the tensors in a file: that of the mapping, wide dtypes first.
-
-    Readers view the bytes in place, so each tensor must start at a multiple of its item size.
-    """
-    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-
-
 def write_tensor_file(
     path: Path,
     tensors: Mapping[str, LazyTensor],
@@ -205,18 +197,19 @@ def write_tensor_file(
 ) -> FileRecord:
     """Write ``tensors`` to the new file ``path``, making, writing and dropping one after the other.
 
-    Same tensors, same bytes. ``on_tensor(name, bytes)`` is called after each. ``known`` remembers the hashes of keys
-    for the next file. OSError as the system raises it.
+    Same tensors, same bytes: in the order of the mapping, wide dtypes first. ``on_tensor(name, bytes)`` is called after
+    each. ``known`` remembers the hashes of keys for the next file. OSError as the system raises it.
     """
-    order = layout(tensors)
-    header = _header({name: tensors[name] for name in order})
-    leaves = [Leaf(len(header)), *(leaf for name in order for leaf in _leaves(tensors[name]))]
+    # Readers view the bytes in place, so each tensor must start at a multiple of its item size.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header = _header(tensors)
+    leaves = [Leaf(len(header)), *(leaf for lazy in tensors.values() for leaf in _leaves(lazy))]
     with HashedFile(path, TreeHasher(leaves, {} if known is None else known)) as file:
         file.write(header)
-        for name in order:
-            _write_tensor(file, name, tensors[name])
+        for name, lazy in tensors.items():
+            _write_tensor(file, name, lazy)
             if on_tensor is not None:
-                on_tensor(name, tensors[name].nbytes)
+                on_tensor(name, lazy.nbytes)
     return file.record
 
 

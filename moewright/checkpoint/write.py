@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, Self
 
 from moewright.checkpoint.commit import NewFolder
@@ -53,20 +52,20 @@ class FolderWriter:
         self, target: str | Path, *, overwrite: bool = False, into: bool = False, sources: Sequence[Path] = ()
     ) -> None:
         self.target = Path(target)
-        home = self._home = Path(os.path.realpath(target))  # where the renames happen, also if the target is a link
+        home = Path(os.path.realpath(target))  # where the renames happen, also if the target is a link
         if not home.name:
             raise ModelError(f"{self.target}: the root of the file system; choose a folder")
-        self._overwrite, self._into = overwrite, into and home.is_dir()
-        self.path = home / INSIDE if self._into else home.with_name(f".{home.name}.moewright-tmp")
+        into = into and home.is_dir()
+        self.path = home / INSIDE if into else home.with_name(f".{home.name}.moewright-tmp")
         self._new = NewFolder(
             home,
-            marker=RECORD,
-            temporary=self.path,
+            self.path,
             aside=home.with_name(interrupted_name(home.name)),
-            replace=overwrite,
-            into=Move(self.path, home, RECORD, CONFIG, _is_weight_file) if self._into else None,
-            check=self._refuse_existing,
+            marker=RECORD,
             target=self.target,
+            replace=overwrite,
+            into=Move(self.path, home, RECORD, CONFIG, _is_weight_file) if into else None,
+            check=self._refuse_existing,
         )
         for source in sources:
             if overlap(home, source):
@@ -80,10 +79,8 @@ class FolderWriter:
             self._new.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._new.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self._new.__exit__(*error)
 
     def write_tensors(
         self,
@@ -158,17 +155,18 @@ class FolderWriter:
         return self.target
 
     def _refuse_existing(self) -> None:
-        if not os.path.lexists(self._home):
+        home = self._new.home
+        if not os.path.lexists(home):
             return
-        if not self._home.is_dir():
+        if not home.is_dir():
             raise ModelError(f"{self.target}: a file is in the way; choose another folder")
-        if self._into or not any(self._home.iterdir()):
+        if self._new.into or not any(home.iterdir()):
             return
-        if not self._overwrite:
+        if not self._new.replace:
             raise ModelError(
                 f"{self.target}: exists and is not empty; choose another folder, or overwrite it (--overwrite)"
             )
-        if not (self._home / CONFIG).is_file():  # --overwrite with a mistyped path must not cost someone their files
+        if not (home / CONFIG).is_file():  # --overwrite with a mistyped path must not cost someone their files
             raise ModelError(f"{self.target}: has no {CONFIG}, so it is no model folder; it is not overwritten")
 
 
