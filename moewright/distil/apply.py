@@ -22,7 +22,7 @@ from moewright.backbone.load import folder_dtype, load_model
 from moewright.backbone.save import save_model
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import embedding_of, longest_text
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.data.documents import read_documents

@@ -13,10 +13,9 @@ from moewright.backbone.formats.own import OWN_TYPE
 from moewright.backbone.load import FolderSource, load_model, open_skeleton
 from moewright.backbone.save import format_of, write_model
 from moewright.backbone.sizes import parameter_counts
-from moewright.checkpoint.files import some
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
-from moewright.errors import ModelError
+from moewright.errors import ModelError, listed
 from moewright.export.card import model_card
 from moewright.export.report import ExportReport
 from moewright.export.runtimes import Runtime, runtimes
@@ -87,7 +86,7 @@ def _write(writer: FolderWriter, source: Path, written_as: Format) -> None:
         if slot.loaded and not torch.equal(slot.read(source_of), slot.view(model))
     ]
     if wrong:
-        raise ModelError(f"{some(wrong)}: not what was written; nothing was kept: please report this model")
+        raise ModelError(f"{listed(wrong)}: not what was written; nothing was kept: please report this model")
 
 
 def _require_proof(proof: Proof, *, written_as: Format, accept_runtime_fault: bool) -> None:

@@ -20,7 +20,7 @@ from moewright.backbone.load import MadeSource, fill, open_skeleton
 from moewright.backbone.save import format_of
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter

@@ -16,7 +16,7 @@ from moewright.backbone.blocks import configure, moe_layers
 from moewright.backbone.device import device_of
 from moewright.backbone.load import load_model
 from moewright.backbone.save import format_of
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.config import DataConfig
 from moewright.data.documents import read_documents
