@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
 from moewright.backbone.inspect import inspect_folder
+from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import DataError, ModelError, UsageError
 from moewright.evaluate.compare import broken_groups
-from moewright.family.table import chosen_layers
+from moewright.family.config import chosen_layers
 from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
 from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
@@ -191,7 +191,7 @@ def test_calibrated_beats_uniform_and_none(tmp_path):
         made, target = upcycling_of(source, config), tmp_path / scale
         upcycle_folder(source, target, config)
         errors[scale] = relative(logits(load_model(target)), logits(load_model(source)))
-        assert made.form.twin.model_type == "qwen2_moe"
+        assert made.format.name == "qwen2_moe"
     assert errors["calibrated"] < 0.05 < min(errors["uniform"], errors["none"])
 
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moewright import cli
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import load_model
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.tokenizer import tokenise
@@ -164,7 +164,7 @@ def test_the_parts_of_a_tensor_are_the_whole(made, case):
     plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
     measured = measure(plan)
     tensors = SparseTensors(plan, measured)
-    for slot in plan.form.slots(plan.model):
+    for slot in plan.format.slots(plan.model):
         whole = tensors.read(slot)
         assert torch.equal(torch.cat([piece.flatten() for piece in tensors.pieces(slot)]), whole.flatten())
         for dim, size in enumerate(slot.shape):
@@ -191,7 +191,7 @@ def test_experts_outside_the_part_are_not_made(made, monkeypatch, case):
     monkeypatch.setattr("moewright.upcycle.tensors.expert_part", recorded)
     plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
     tensors, stacks = SparseTensors(plan, measure(plan)), 0
-    for slot in plan.form.slots(plan.model):
+    for slot in plan.format.slots(plan.model):
         if any(piece.expert >= 0 and piece.part != "down_bias" for piece in slot.pieces):
             numbers.clear()
             tensors.read(slot, (slice(1, 3),))

@@ -7,28 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import Form
-from moewright.backbone.layout import Slot
+from moewright.backbone.formats.base import Format
+from moewright.backbone.slots import Slot, TensorSource
 from moewright.checkpoint.read import ModelFolder
 from moewright.evaluate.compare import Comparison
 
-Index = tuple[slice, ...]
-"""A part of a tensor: a slice of step 1 for each of its dims, from the first on; dims without one are whole."""
 
-
-class TensorSource(Protocol):
-    """Makes the tensors of a folder when they are asked for, in any order. An implementer provides `read`."""
-
-    def read(self, slot: Slot, index: Index | None = None) -> Tensor:
-        """The tensor of a slot as it will be on disk, or the part of it that `index` names, to the same bits.
-
-        What lies outside that part need not be made.
-        """
-        ...
+class TensorMaker(TensorSource, Protocol):
+    """Makes the tensors of a folder when they are asked for, in any order; an implementer provides `read`."""
 
     def pieces(self, slot: Slot) -> Iterator[Tensor]:
-        """The same tensor as pieces that, one after the other, fill its memory: of one that is too large to be made
-        at once."""
+        """A slot's tensor as pieces that, one after the other, fill its memory; a large one is never there whole."""
         yield self.read(slot)
 
     def keys(self, slot: Slot) -> tuple[Hashable, ...]:
@@ -50,11 +39,11 @@ class Conversion(Protocol):
     """The source."""
     model: PreTrainedModel
     """The model that is made, with its parameters on meta."""
-    form: Form
+    format: Format
     """The format that it is written in."""
     dtype: torch.dtype
     """The dtype of its tensors, where their slots name no other."""
-    tensors: TensorSource
+    tensors: TensorMaker
     settings: dict[str, Any]
     """Its settings, with every default in place and without names of files, in plain types."""
     exact_by: str | None

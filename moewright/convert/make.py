@@ -13,16 +13,16 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import fill
-from moewright.backbone.graft import moe_layers
-from moewright.checkpoint.files import require_space
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import fill
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter
 from moewright.convert.conversion import Conversion
 from moewright.data.tokenizer import tokenise
 from moewright.errors import ModelError
 from moewright.evaluate.compare import EXACT_TOLERANCE, Comparison, compare
-from moewright.export.runtimes import foretold
+from moewright.export.runtimes import expected_runtimes
 
 Track = Callable[[int], Callable[[int], None]]
 """Called once with the bytes to write; returns what is called with the bytes of each tensor written."""
@@ -74,12 +74,12 @@ def make_folder(
     else:
         advance = track(summary["bytes"]) if track else None
         with writer:
-            writer.write_json("config.json", conversion.form.fields(conversion.model))
+            writer.write_json("config.json", conversion.format.fields(conversion.model))
             writer.copy_companions(source)  # a tokenizer that does not fit is refused before the weights are written
             writer.write_tensors(tensors, on_tensor=advance and (lambda _, count: advance(count)))
             if texts is not None:
                 comparisons += _verify(conversion, writer.path, texts)
-            writer.commit(record_of(conversion, comparisons) | conversion.form.record(conversion.model))
+            writer.commit(record_of(conversion, comparisons) | conversion.format.record(conversion.model))
     facts = conversion.facts(comparisons)
     if comparisons:
         facts["comparisons"] = [conversion.comparison_facts(comparison) for comparison in comparisons]
@@ -89,9 +89,9 @@ def make_folder(
 def make_model(conversion: Conversion) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The same model in memory, on CPU in evaluation mode, and its record for `moewright.json`.
 
-    Tensors are made one at a time into place, so source and result are never in memory together.
+    Each tensor is made into place, so source and result are never in memory together.
     """
-    fill(conversion.model, conversion.form, conversion.tensors.read)
+    fill(conversion.model, conversion.format, conversion.tensors)
     return conversion.model, record_of(conversion, [])
 
 
@@ -102,7 +102,7 @@ def lazy_tensors(conversion: Conversion) -> dict[str, LazyTensor]:
         slot.name: LazyTensor(
             slot.shape, slot.dtype or conversion.dtype, partial(tensors.pieces, slot), tensors.keys(slot)
         )
-        for slot in conversion.form.slots(conversion.model)
+        for slot in conversion.format.slots(conversion.model)
     }
 
 
@@ -126,7 +126,7 @@ def _summary(conversion: Conversion, tensors: Mapping[str, LazyTensor]) -> dict[
     summary["bytes"] = sum(tensor.nbytes for tensor in tensors.values())
     summary["memory_needed"] = conversion.memory_needed()
     if moe_layers(conversion.model):
-        summary["runtimes"] = [row.as_dict() for row in foretold(conversion.form, conversion.model)]
+        summary["runtimes"] = [row.as_dict() for row in expected_runtimes(conversion.format, conversion.model)]
     return summary
 
 

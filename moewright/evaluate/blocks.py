@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import moe_path
+from moewright.backbone.blocks import moe_path
 from moewright.family.table import family_of
 
 

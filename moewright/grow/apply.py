@@ -28,7 +28,7 @@ class Growth(Conversion):
     def __init__(self, plan: GrowPlan) -> None:
         self.plan = plan
         self.tensors = GrownTensors(plan)
-        self.folder, self.model, self.form, self.dtype = plan.folder, plan.model, plan.form, plan.dtype
+        self.folder, self.model, self.format, self.dtype = plan.folder, plan.model, plan.format, plan.dtype
         self.settings = asdict(plan.config)
         self.exact_by = None if plan.inexact else "width=fpi"
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import Form, empty_model_of
-from moewright.backbone.formats import is_sparse
+from moewright.backbone.formats.choose import is_sparse
+from moewright.backbone.load import open_skeleton
+from moewright.backbone.save import format_of
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.read import ModelFolder
@@ -25,7 +26,7 @@ from moewright.grow.sizes import grown_config, sizes_of
 class GrowPlan:
     """A dense folder, and the larger dense model that it becomes.
 
-    `dense` and `model` are the model before and after, with their parameters on meta, `form` the format that is
+    `dense` and `model` are the model before and after, with their parameters on meta, `format` the one that is
     written, `config` the settings with every size in place, `source_sizes` and `sizes` those before and after,
     `source_layers` the layer that each new layer copies, `maps` the neurons that those of each growing axis copy,
     `tied` whether input and output embeddings are one, `inexact` why the grown model is another function than its
@@ -45,7 +46,7 @@ class GrowPlan:
                 f"{', '.join(growing_families())}"
             )
         self.growth = self.family.growth
-        self.dense = empty_model_of(folder)[0]  # names and shapes are checked before anything is read
+        self.dense = open_skeleton(folder)[0]  # names and shapes are checked before anything is read
         self.folder = folder
         self.dtype = dtype or folder.dtype()
         self.tied = has_tied_head(self.dense)
@@ -68,7 +69,7 @@ class GrowPlan:
         self.model: PreTrainedModel = empty_model(grown, dtype=self.dtype)
         if has_tied_head(self.model) and not self.tied:
             untie_head(self.model)
-        self.form = Form()
+        self.format = format_of(self.model)
         self.inexact = self._why_inexact()
         self._warn_of()
 

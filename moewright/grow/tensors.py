@@ -6,24 +6,24 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moewright.backbone.layout import Slot
-from moewright.convert.conversion import Index, TensorSource
+from moewright.backbone.slots import Slices, Slot
+from moewright.convert.conversion import TensorMaker
 from moewright.errors import ModelError
 from moewright.family.axes import Axes
 from moewright.grow.maps import grow_tensor
 from moewright.grow.plan import GrowPlan
 
 
-class GrownTensors(TensorSource):
+class GrownTensors(TensorMaker):
     """The tensors of a plan's grown model; `ModelError` if there is one of which no rule says how it grows."""
 
     def __init__(self, plan: GrowPlan) -> None:
         self.plan = plan
-        self.slots = plan.form.slots(plan.model)
+        self.slots = plan.format.slots(plan.model)
         for slot in self.slots:
             self._origin(slot.name)
 
-    def read(self, slot: Slot, index: Index | None = None) -> Tensor:
+    def read(self, slot: Slot, index: Slices | None = None) -> Tensor:
         """The tensor of a slot, in the dtype to be written; a part is cut from the whole, which is made first."""
         plan = self.plan
         axes, own, above = self._origin(slot.name)

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import save_model
-from moewright.backbone.graft import moe_layers, routing_contexts
+from moewright.backbone.blocks import moe_layers, routing_contexts
+from moewright.backbone.save import save_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
 from moewright.data.pack import IGNORE, Batch, PackedRows, rows_at

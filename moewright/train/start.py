@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moewright.backbone.blocks import configure, moe_layers
 from moewright.backbone.device import device_of
-from moewright.backbone.folder import form_of, load_model
-from moewright.backbone.graft import configure, moe_layers
-from moewright.checkpoint.files import require_space
+from moewright.backbone.load import load_model
+from moewright.backbone.save import format_of
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.config import DataConfig
 from moewright.data.documents import read_documents
@@ -71,7 +72,7 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)
     # What cannot be written at the end is refused now.
-    slots = form_of(model).slots(model)
+    slots = format_of(model).slots(model)
     require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in slots))
     if config.train.gradient_checkpointing:
         recompute_blocks(model)

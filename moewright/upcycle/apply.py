@@ -32,7 +32,7 @@ class Upcycling(Conversion):
     def __init__(self, plan: UpcyclePlan, measured: Measurements) -> None:
         self.plan, self.measured = plan, measured
         self.tensors = SparseTensors(plan, measured)
-        self.folder, self.model, self.form, self.dtype = plan.folder, plan.model, plan.form, plan.dtype
+        self.folder, self.model, self.format, self.dtype = plan.folder, plan.model, plan.format, plan.dtype
         self.settings = plan.config.settings()
         self.exact_by = "scale=exact" if plan.config.scale == "exact" else None
         self.granularity = plan.config.tied

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import load_model
+from moewright.backbone.load import load_model
 from moewright.data.tokenizer import load_tokenizer, tokenise
 from moewright.errors import UsageError
 from moewright.upcycle.observe import Observed, Wanted, observe, prompt_states, read_prompts

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.folder import Form, form_of
+from moewright.backbone.formats.base import Format
 from moewright.backbone.graft import graft
+from moewright.backbone.save import format_of
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import UsageError
-from moewright.family.table import Family, chosen_layers
+from moewright.family.config import chosen_layers
+from moewright.family.row import Family
 from moewright.moe.config import MoEConfig
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.dense import DenseSource
@@ -25,7 +27,7 @@ from moewright.upcycle.dense import DenseSource
 class UpcyclePlan:
     """A dense folder, and the sparse model that it becomes.
 
-    `model` is the sparse model with its parameters on meta, `form` the format that it is written in, `dtype` that of
+    `model` is the sparse model with its parameters on meta, `format` the one that it is written in, `dtype` that of
     its tensors, `layers` the shape of each layer that becomes sparse, `config` the settings with all defaults in place,
     `source` the dense model, or the siblings. Settings without effect, and allowed ones that may surprise, are warned
     of.
@@ -57,7 +59,7 @@ class UpcyclePlan:
         if has_tied_head(self.model) and not has_tied_head(self.source.model):
             untie_head(self.model)
         graft(self.model, self.layers)
-        self.form: Form = form_of(self.model, wanted=format)
+        self.format: Format = format_of(self.model, format)
 
     def summary(self) -> dict[str, Any]:
         """The sparse model beside the dense one, in plain types."""
@@ -66,7 +68,7 @@ class UpcyclePlan:
         return {
             "source": str(self.folder.path),
             "family": self.source.family.model_type,
-            "target_format": self.form.name(self.model),
+            "target_format": self.format.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "sparse_layers": len(self.layers),
             "dense_layers": len(self.source.family.places(self.model.config)) - len(self.layers),

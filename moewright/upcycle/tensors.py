@@ -10,10 +10,9 @@ from collections.abc import Hashable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from moewright.backbone.folder import constant
-from moewright.backbone.layout import Piece, Slot
 from moewright.backbone.sizes import bytes_of, parameter_counts
-from moewright.convert.conversion import Index, TensorSource
+from moewright.backbone.slots import Piece, Slices, Slot
+from moewright.convert.conversion import TensorMaker
 from moewright.errors import ModelError
 from moewright.upcycle.cluster import activation_features, unit_rows
 from moewright.upcycle.measure import Measurements
@@ -24,7 +23,7 @@ from moewright.upcycle.routers import start_router
 from moewright.upcycle.scale import Factors, factors
 
 
-class SparseTensors(TensorSource):
+class SparseTensors(TensorMaker):
     """The tensors of a plan's sparse model, given what was measured.
 
     `factors` are those of the projections of each layer. Nothing depends on what was made before: any part of the
@@ -40,11 +39,11 @@ class SparseTensors(TensorSource):
         }
         self._held: dict[int, Held] = {}
 
-    def read(self, slot: Slot, index: Index | None = None) -> Tensor:
+    def read(self, slot: Slot, index: Slices | None = None) -> Tensor:
         """The tensor of a slot, or the part `index` of it: of a stack of experts only those inside are made."""
-        index = index or ()
         if not slot.pieces:
-            return self._whole(slot)[index]
+            return self._without_pieces(slot, index)
+        index = index or ()
         pieces, shape = slot.pieces, slot.shape
         if len({piece.expert for piece in pieces}) > 1:  # a stack, whose first dim counts experts
             each = len(pieces) // shape[0]
@@ -56,7 +55,7 @@ class SparseTensors(TensorSource):
 
     def pieces(self, slot: Slot) -> Iterator[Tensor]:
         """The tensor of a slot a piece at a time."""
-        return self._made(slot, slot.pieces) if slot.pieces else iter([self._whole(slot)])
+        return self._made(slot, slot.pieces) if slot.pieces else iter([self._without_pieces(slot)])
 
     def keys(self, slot: Slot) -> tuple[Hashable, ...]:
         """Equal for the copies of an expert, and for a tied head and its table."""
@@ -108,7 +107,7 @@ class SparseTensors(TensorSource):
         parts = ("gate", "up", "down") if form.gated and not form.fused else ("up", "down")
         names = [source.family.projection(source.backbone, part, first)[0] for part in parts]
         block = sum(bytes_of(source.model.get_parameter(name)) for name in names) * len(source.folders)
-        slots = self.plan.form.slots(self.plan.model)
+        slots = self.plan.format.slots(self.plan.model)
         piece = max(self._bytes(slot) // len(slot.pieces) for slot in slots if slot.pieces)
         whole = max(self._bytes(slot) for slot in slots if not slot.pieces)
         measuring = 4 * parameter_counts(source.model).total if self.measured.model_was_loaded else 0
@@ -117,18 +116,18 @@ class SparseTensors(TensorSource):
     def _bytes(self, slot: Slot) -> int:
         return math.prod(slot.shape) * (slot.dtype or self.plan.dtype).itemsize
 
-    def _whole(self, slot: Slot) -> Tensor:
+    def _without_pieces(self, slot: Slot, index: Slices | None = None) -> Tensor:
         """A tensor of the dense model, or one that no part of a model is."""
         dtype = slot.dtype or self.plan.dtype
         if slot.fill is not None:
-            return constant(slot, dtype)
+            return slot.constant(dtype)[index or ()]
         assert slot.target is not None, "what has no pieces is a tensor of the dense model"
-        return self._in_range(slot, self.plan.source.tensor(slot.target, dtype=dtype))
+        return self._in_range(slot, self.plan.source.tensor(slot.target, dtype=dtype, index=index))
 
     def _made(self, slot: Slot, pieces: Iterable[Piece]) -> Iterator[Tensor]:
         for piece in pieces:
             made = self._piece(piece, dtype=slot.dtype or self.plan.dtype)
-            yield self._in_range(slot, made if slot.factor == 1.0 else made * slot.factor)
+            yield self._in_range(slot, slot.to_disk(made))
 
     def _piece(self, piece: Piece, *, dtype: torch.dtype) -> Tensor:
         """Make one part of one expert, of the shared expert, or a router."""
