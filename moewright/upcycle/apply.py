@@ -33,17 +33,9 @@ class Upcycling(Conversion):
         self.plan, self.measured = plan, measured
         self.tensors = SparseTensors(plan, measured)
         self.folder, self.model, self.format, self.dtype = plan.folder, plan.model, plan.format, plan.dtype
-        self.settings = plan.config.settings()
+        self.summary, self.settings = plan.summary(), plan.config.settings()
         self.exact_by = "scale=exact" if plan.config.scale == "exact" else None
         self.granularity = plan.config.tied
-
-    def memory_needed(self) -> int:
-        """As `SparseTensors.memory_needed`."""
-        return self.tensors.memory_needed()
-
-    def summary(self) -> dict[str, Any]:
-        """As `UpcyclePlan.summary`."""
-        return self.plan.summary()
 
     def facts(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         """By sparse layer: factors of gate, up and down; the weight sum where one was calibrated, and the relative
