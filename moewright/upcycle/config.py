@@ -169,8 +169,8 @@ class UpcycleConfig:
         owners = 1 + len(self.siblings)
         if owners > 1 and N % (G * owners):
             yield (
-                f"experts={N} with granularity={G} and {owners} siblings: each owns equally many virtual groups, so use "
-                f"a multiple of {G * owners} experts"
+                f"experts={N} with granularity={G} and {owners} siblings: each owns equally many virtual groups, so "
+                f"use a multiple of {G * owners} experts"
             )
 
     def _router_problems(self) -> Iterator[str]:
