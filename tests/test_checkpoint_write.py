@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from moewright.checkpoint.check import RUN, tree_hash
+from moewright.checkpoint.check import LEAVES_A_TASK, tree_hash
 from moewright.checkpoint.files import LARGE_BYTES
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
@@ -148,8 +148,8 @@ def test_the_hash_of_weights(tmp_path: Path) -> None:
     assert tree_hash(tmp_path / "with") == found["sha256_tree"]
 
 
-def test_a_file_of_many_leaves_is_checked_in_runs(tmp_path: Path) -> None:
-    count = 3 * RUN + 5
+def test_a_file_of_many_leaves_is_checked_in_tasks(tmp_path: Path) -> None:
+    count = 3 * LEAVES_A_TASK + 5
     lazy = lazily({"many": torch.arange(count * 2, dtype=torch.int16).view(count, 1, 2)})
     found = write_tensor_file(tmp_path / "file", lazy)
     assert tree_hash(tmp_path / "file") == found["sha256_tree"]

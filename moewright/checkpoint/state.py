@@ -1,8 +1,8 @@
 """Training state: saved by the commit protocol, verified to the last byte before it is used.
 
 A state is a folder ``step-00000010`` with ``tensors.safetensors``, ``facts.json`` and, written last, the marker
-``COMMITTED.json`` with the size and SHA-256 of the other two. It is prepared as ``step-00000010.tmp-<uuid>``, which
-no reader looks at. No part of it is a pickle.
+``COMMITTED.json`` with the size and SHA-256 of the other two. It is prepared as ``step-00000010.tmp-<uuid>``, which no
+reader opens. No part of it is a pickle.
 """
 
 import re
