@@ -27,7 +27,7 @@ class HashesAhead:
                     self._records[file] = state, record_of(file)
 
     def record_of(self, file: Path) -> FileRecord:
-        """Length and hash of a file, computed now if it has changed or was not there before. OSError as the system's."""
+        """Length and hash of a file, computed now if it has changed, or was not there before."""
         self._thread.join()
         if file in self._records and self._records[file][0] == _state(file):
             return self._records[file][1]

@@ -136,11 +136,9 @@ class FolderWriter:
         names = [name for name in COMPANIONS if os.path.lexists(source / name)]
         for name in names:
             file = file_inside(source, name)
+            copy = _copy_tokenizer_config if name == TOKENIZER_CONFIG else copy_file
             with writing(self.target):
-                if name == TOKENIZER_CONFIG:
-                    self._new.records[name] = _copy_tokenizer_config(file, self.path / name)
-                else:
-                    self._new.records[name] = copy_file(file, self.path / name)
+                self._new.records[name] = copy(file, self.path / name)
         return names
 
     def commit(self, record: Mapping[str, Any]) -> Path:
