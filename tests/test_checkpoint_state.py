@@ -1,6 +1,7 @@
 """Training state: exact, verified before use, and never lost to a kill, a full disk or a flipped bit."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -203,6 +204,18 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["notes.txt", "step-00000001.bak", "step-00000001.tmp", "step-00000002", "step-1"]
     assert newest_state(tmp_path) == (tmp_path / "step-00000002", [])
+
+
+def test_a_file_system_without_locks_is_no_news_at_each_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opens the run's folder has been warned; no other process shares the name of a state's temporary folder."""
+
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert step_of(newest_state(tmp_path)[0]) == 2
 
 
 def test_facts_that_are_not_json_leave_nothing(tmp_path: Path) -> None:
