@@ -21,9 +21,8 @@ from moewright.backbone.formats import TWINS
 from moewright.backbone.graft import graft, moe_layers
 from moewright.backbone.layout import Slot
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
-from moewright.checkpoint.files import some
 from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
-from moewright.errors import ModelError, UsageError
+from moewright.errors import ModelError, UsageError, listed
 from moewright.family.table import family_of
 
 TAKEN: Final[dict[str, tuple[Any, ...]]] = {
@@ -134,11 +133,11 @@ def _holding(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedM
     graft(held, layers)
     odd = [name for name, tensor in state.items() if isinstance(tensor, DTensor) or tensor.is_meta]
     if odd:
-        raise ModelError(f"save_pretrained: {some(odd)} are sharded or offloaded; gather them, and pass state_dict=")
+        raise ModelError(f"save_pretrained: {listed(odd)} are sharded or offloaded; gather them, and pass state_dict=")
     unknown = set(state) - _names_in_memory(held)
     if on_disk := sorted(unknown & {slot.name for slot in _slots_with(held, unknown)}):
         raise ModelError(
-            f"save_pretrained: {some(on_disk)} are names on disk; state_dict takes the names in memory, those of "
+            f"save_pretrained: {listed(on_disk)} are names on disk; state_dict takes the names in memory, those of "
             "model.state_dict()"
         )
     try:
@@ -148,11 +147,11 @@ def _holding(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedM
     held.tie_weights()
     if result.unexpected_keys:
         raise ModelError(
-            f"save_pretrained: {some(result.unexpected_keys)} are no weights of a {model.config.model_type} model with "
-            "these MoE layers; merge or take out what was added to it (adapters: merge_and_unload)"
+            f"save_pretrained: {listed(result.unexpected_keys)} are no weights of a {model.config.model_type} model "
+            "with these MoE layers; merge or take out what was added to it (adapters: merge_and_unload)"
         )
     if missing := [name for name, parameter in held.named_parameters() if parameter.is_meta]:
-        raise ModelError(f"save_pretrained: state_dict lacks {some(missing)}; pass the state of the whole model")
+        raise ModelError(f"save_pretrained: state_dict lacks {listed(missing)}; pass the state of the whole model")
     return held
 
 
@@ -184,8 +183,8 @@ def _require_no_half(model: PreTrainedModel, given: set[str], *, strange: set[st
         pattern = "|".join([*inside, *(rf"{re.escape(name)}\.(weight|bias)" for name in dense)])
         if found := sorted(name for name in strange if re.fullmatch(rf"{re.escape(place.layer)}\.({pattern})", name)):
             raise ModelError(
-                f"load_state_dict: layer {layer} has {some(found)}, and no place for it: these are weights of another "
-                "model, or of a format that does not compute this one; load their folder with load_model"
+                f"load_state_dict: layer {layer} has {listed(found)}, and no place for it: these are weights of "
+                "another model, or of a format that does not compute this one; load their folder with load_model"
             )
 
 

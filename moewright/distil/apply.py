@@ -21,7 +21,7 @@ from moewright.backbone.formats import is_sparse
 from moewright.backbone.graft import moe_layers
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import embedding_of, longest_text
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.data.documents import read_documents

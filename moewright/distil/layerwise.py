@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.graft import moe_layers, moe_path
-from moewright.checkpoint.files import some
 from moewright.data.pack import Batch, PackedRows, rows_at
 from moewright.distil.config import DistilConfig
-from moewright.errors import CheckpointError, ModelError, UsageError
+from moewright.errors import CheckpointError, ModelError, UsageError, listed
 from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig, MoESettings
 from moewright.moe.layer import MoELayer
@@ -361,7 +360,7 @@ def _warn_of_one_expert(training: Mapping[int, MoEConfig]) -> None:
 def _warn_of(table: Sequence[Mapping[str, Any]], config: DistilConfig) -> None:
     def named(rows: Iterable[Mapping[str, Any]]) -> str:
         numbers = [str(row["layer"]) for row in rows]
-        return some(numbers) if numbers else ""
+        return listed(numbers) if numbers else ""
 
     if exact := named(row for row in table if row["error_before"] <= EXACT):
         warnings.warn(

@@ -11,10 +11,9 @@ import transformers
 from moewright.backbone.folder import Form, empty_model_of, form_of, load_model, write_model
 from moewright.backbone.formats import OWN, is_sparse
 from moewright.backbone.sizes import parameter_counts
-from moewright.checkpoint.files import some
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
-from moewright.errors import ModelError
+from moewright.errors import ModelError, listed
 from moewright.export.card import model_card
 from moewright.export.runtimes import FAULTY, Runtime, runtimes
 from moewright.export.verify import Proof, Reference, prove
@@ -106,7 +105,7 @@ def _write(writer: FolderWriter, source: Path, form: Form) -> None:
             if not torch.equal(tensor / slot.factor if slot.factor != 1.0 else tensor, wanted):
                 wrong.append(slot.name)
     if wrong:
-        raise ModelError(f"{some(wrong)}: not what was written; nothing was kept: please report this model")
+        raise ModelError(f"{listed(wrong)}: not what was written; nothing was kept: please report this model")
 
 
 def _require_proof(proof: Proof, *, form_name: str, accept_runtime_fault: bool) -> None:

@@ -20,7 +20,7 @@ from moewright.backbone.formats import is_sparse
 from moewright.backbone.layout import slots
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from moewright.checkpoint.files import overlap
+from moewright.checkpoint.disk import overlap
 from moewright.data.config import DataConfig
 from moewright.errors import UsageError
 from moewright.moe.config import MoESettings

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moewright.backbone.device import device_of
 from moewright.backbone.folder import form_of, load_model
 from moewright.backbone.graft import configure, moe_layers
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.config import DataConfig
 from moewright.data.documents import read_documents

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from moewright.backbone.folder import fill
 from moewright.checkpoint.ahead import HashesAhead, hash_ahead
-from moewright.checkpoint.files import record_of, require_space
+from moewright.checkpoint.disk import require_space
+from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.data.texts import digest
