@@ -174,7 +174,7 @@ def test_grow_hands_every_option_to_the_library(library: Library) -> None:
 
 def test_train_passes_overrides_through(library: Library, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
-    library("train.config", load_run=lambda path, overrides: (path, overrides))
+    library("train.run_file", load_run=lambda path, overrides: (path, overrides))
     loop = library("train.loop", train=lambda run, console: seen.append(run) or Result(steps=3, out=Path("runs/x")))
     library("train", loop=loop)
     overrides = ["--train.steps", "3", "--data.files", "a b", "--out=runs/x", "--train.learning_rate", "-1"]

@@ -22,7 +22,7 @@ from moewright.errors import ModelError, UsageError
 from moewright.evaluate.perplexity import evaluate_files
 from moewright.family.table import FAMILIES as TABLE
 from moewright.family.table import chosen_layers, dense_families
-from moewright.train.config import load_run
+from moewright.train.run_file import load_run
 from moewright.train.start import start
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import plan_upcycle

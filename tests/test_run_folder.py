@@ -24,7 +24,7 @@ from moewright.train.config import RunConfig
 from moewright.train.folder import open_run
 from moewright.train.loop import train
 from moewright.train.metrics import JsonLines, read_json_lines
-from moewright.train.tree import to_toml
+from moewright.train.run_file import to_toml
 from tests.models import tiny_tokenizer, write_dense
 from tests.runs import LINES, at_step, evaluations, make_run, metrics, send
 

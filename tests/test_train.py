@@ -21,11 +21,11 @@ from moewright.backbone.folder import load_model
 from moewright.errors import CheckpointError, DataError, ModelError, Preempted, UsageError
 from moewright.moe.config import MoESettings
 from moewright.train import loop
-from moewright.train.config import RunConfig, load_run
+from moewright.train.config import RunConfig
 from moewright.train.loop import train
 from moewright.train.metrics import read_json_lines
 from moewright.train.resume import stop_on_signals
-from moewright.train.tree import to_toml
+from moewright.train.run_file import load_run, to_toml
 from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
 from tests.models import write_dense

@@ -20,8 +20,8 @@ from moewright.checkpoint.read import ModelFolder
 from moewright.data.tokenizer import tokenise
 from moewright.errors import CheckpointError, DataError, ModelError, UsageError
 from moewright.family.table import family_of
-from moewright.train.config import load_run
 from moewright.train.loop import train
+from moewright.train.run_file import load_run
 from moewright.upcycle import observe as observe_module
 from moewright.upcycle.apply import upcycle_folder, upcycle_model
 from moewright.upcycle.config import UpcycleConfig

@@ -12,7 +12,7 @@ from moewright.checkpoint.files import json_bytes, read_json, remove, replace_te
 from moewright.checkpoint.lock import lock_folder
 from moewright.errors import CheckpointError, ModelError, UsageError
 from moewright.train.config import RunConfig
-from moewright.train.tree import to_toml
+from moewright.train.run_file import to_toml
 
 CONFIG: Final = "config.toml"
 CHECKPOINTS: Final = "checkpoints"
