@@ -14,11 +14,13 @@ from moewright.data.pack import IGNORE, Batch, PackedRows
 from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer
 from moewright.train.config import TrainConfig
-from moewright.train.loop import held_out_loss, language_loss, train_step
+from moewright.train.loop import held_out_loss, train_step
+from moewright.train.objective import CausalLanguageModel
 from moewright.train.start import recompute_blocks
 from tests.models import tiny_model
 
 END_TOKEN = 256
+OBJECTIVE = CausalLanguageModel(dtype="float32")
 
 Step = tuple[dict[str, Any], dict[str, Tensor]]
 """What `train_step` reported, and the gradients it gave to the optimiser."""
@@ -75,7 +77,7 @@ def uneven_batch() -> Batch:
 def step_of(model: PreTrainedModel, batch: Batch, *, micro: int) -> Step:
     settings = TrainConfig(steps=1, batch_size=len(batch), micro_batch_size=micro, dtype="float32", clip_norm=0.0)
     recorder = Recorder(model)
-    return train_step(model, recorder, batch, step=1, settings=settings), recorder.gradients
+    return train_step(model, recorder, OBJECTIVE, batch, step=1, settings=settings), recorder.gradients
 
 
 def assert_same(
@@ -156,10 +158,10 @@ def test_the_loss_is_the_mean_over_targets_of_documents_alone() -> None:
             log_probabilities = model(ids).logits.log_softmax(dim=-1)
             total -= float(log_probabilities[0, :-1].gather(1, ids[0, 1:, None]).sum())
             targets += len(ids[0]) - 1
-        assert float(language_loss(model, rows.batch([0]), dtype="float32")) == pytest.approx(total, rel=1e-5)
-    loss, count = held_out_loss(model, rows, max_rows=0, micro_batch_size=4, dtype="float32")
+        assert float(OBJECTIVE.loss(model, rows.batch([0]))) == pytest.approx(total, rel=1e-5)
+    loss, count = held_out_loss(model, OBJECTIVE, rows, max_rows=0, micro_batch_size=4)
     assert (loss, count) == (pytest.approx(total / targets, rel=1e-5), targets)
-    assert held_out_loss(model, rows_of((20, 20), 8), max_rows=1, micro_batch_size=4, dtype="float32")[1] == 8
+    assert held_out_loss(model, OBJECTIVE, rows_of((20, 20), 8), max_rows=1, micro_batch_size=4)[1] == 8
 
 
 def test_clipping_scales_the_whole_gradient() -> None:
@@ -168,7 +170,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
         model = sparse_model(balance_loss=0.0, z_loss=0.0)
         recorder = Recorder(model)
         settings = TrainConfig(steps=1, batch_size=10, dtype="float32", clip_norm=clip)
-        results.append((train_step(model, recorder, batch, step=1, settings=settings), recorder.gradients))
+        results.append((train_step(model, recorder, OBJECTIVE, batch, step=1, settings=settings), recorder.gradients))
     (free, gradients), (clipped, scaled) = results
     assert free["grad_norm"] == clipped["grad_norm"] > 0.1
     squares = sum(float(gradient.double().square().sum()) for gradient in scaled.values())
@@ -195,7 +197,7 @@ def test_routers_have_a_rate_of_their_own() -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.95), router_ratio=0.01)
     settings = TrainConfig(steps=4, batch_size=10, learning_rate=1e-3, dtype="float32")
-    train_step(model, optimizer, uneven_batch(), step=1, settings=settings)
+    train_step(model, optimizer, OBJECTIVE, uneven_batch(), step=1, settings=settings)
     # AdamW's first step moves a coordinate by the learning rate, or less where its gradient is near epsilon.
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).abs().max().item()
@@ -212,7 +214,7 @@ def test_adamw_is_the_formula() -> None:
         lambda *_: gradients.update({n: p.grad.double().clone() for n, p in model.named_parameters()})
     )
     settings = TrainConfig(steps=4, batch_size=10, warmup_steps=2, learning_rate=2e-3, dtype="float32")
-    train_step(model, optimizer, uneven_batch(), step=1, settings=settings)
+    train_step(model, optimizer, OBJECTIVE, uneven_batch(), step=1, settings=settings)
     for name, parameter in model.named_parameters():
         # The first step: both moments are unbiased estimates, g and g^2, so the update is the sign of g.
         decay = 1 - 1e-3 * (0.1 if parameter.dim() > 1 else 0.0)

@@ -11,7 +11,7 @@ from moewright.checkpoint.files import overlap
 from moewright.data.config import DataConfig
 from moewright.errors import UsageError
 from moewright.moe.config import MoESettings
-from moewright.optim.schedule import Schedule
+from moewright.optim.schedule import Schedule, learning_rate
 from moewright.upcycle.config import UpcycleConfig
 
 
@@ -115,6 +115,18 @@ class TrainConfig:
                 f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} together > steps={self.steps}: "
                 "make the run longer, or these shorter"
             )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 1."""
+        return learning_rate(
+            step,
+            peak=self.learning_rate,
+            schedule=self.schedule,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            min_ratio=self.min_learning_rate_ratio,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,18 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from moewright.backbone.folder import save_model
 from moewright.backbone.graft import moe_layers, routing_contexts
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
-from moewright.data.pack import IGNORE, Batch, PackedRows, rows_at
+from moewright.data.pack import rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
 from moewright.optim.adamw import make_optimizer
-from moewright.optim.schedule import learning_rate
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
 from moewright.train.console import TrainingProgress
@@ -47,6 +44,7 @@ from moewright.train.metrics import (
     require_tensorboard,
     throughput,
 )
+from moewright.train.objective import BatchT, Objective, Rows
 from moewright.train.resume import Position, StopRequest, stop_on_signals
 from moewright.train.start import Start, start, text_digests, upcycle_digests
 
@@ -103,7 +101,13 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
 
 
 def train_step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, *, step: int, settings: TrainConfig
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective[BatchT],
+    batch: BatchT,
+    *,
+    step: int,
+    settings: TrainConfig,
 ) -> dict[str, Any]:
     """One step of the optimiser on `batch`, in micro-batches; returns its line of `metrics.jsonl`.
 
@@ -115,14 +119,13 @@ def train_step(
     """
     contexts, layers = routing_contexts(model), moe_layers(model)
     tally = RoutingTally(layers)
-    targets, real = int((batch.targets != IGNORE).sum()), int(batch.token_mask.sum())
+    targets, real = objective.targets(batch), sum(objective.tokens(batch).values())
     loss = torch.zeros((), device=model.device)
-    for first in range(0, len(batch), settings.micro_batch_size):
-        micro = batch.rows(first, first + settings.micro_batch_size)
-        share = int(micro.token_mask.sum()) / real
+    for micro_batch in objective.micro_batches(batch, settings.micro_batch_size):
+        share = sum(objective.tokens(micro_batch).values()) / real
         for context in contexts:
             context.loss_scale = torch.tensor(share, device=model.device)
-        micro_loss = language_loss(model, micro.to(model.device), dtype=settings.dtype) / targets
+        micro_loss = objective.loss(model, micro_batch) / targets
         tally.add(share)
         micro_loss.backward()
         for layer in layers.values():
@@ -133,15 +136,7 @@ def train_step(
     record = {"loss": float(loss), "grad_norm": float(norm)}
     _require_finite(record, step)
 
-    rate = learning_rate(
-        step,
-        peak=settings.learning_rate,
-        schedule=settings.schedule,
-        steps=settings.steps,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.decay_steps,
-        min_ratio=settings.min_learning_rate_ratio,
-    )
+    rate = settings.learning_rate_at(step)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     optimizer.step()
@@ -151,31 +146,17 @@ def train_step(
     return record | {"lr": rate, "step_tokens": real, "step_targets": targets} | tally.record()
 
 
-def language_loss(model: PreTrainedModel, batch: Batch, *, dtype: str) -> Tensor:
-    """Minus the log-probability, in nats, of all targets of `batch` together: 0-dim float32.
-
-    `dtype` (`float32` or `bfloat16`) is that of the matrix products; the loss itself is float32.
-    """
-    mask = {"token_mask": batch.token_mask} if routing_contexts(model) else {}
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        # No cache: with one, transformers would let packed documents see each other.
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask).logits
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
 @torch.no_grad()
 def held_out_loss(
     model: PreTrainedModel,
-    rows: PackedRows,
+    objective: Objective[BatchT],
+    rows: Rows[BatchT],
     *,
     max_rows: int,
     micro_batch_size: int,
-    dtype: str,
     stop: StopRequest | None = None,
 ) -> tuple[float, int] | None:
-    """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a token, and how many targets.
+    """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a target, and the number of targets.
 
     None when `stop` is asked for before the end.
     """
@@ -187,8 +168,8 @@ def held_out_loss(
             if stop is not None and stop.signal is not None:
                 return None
             batch = rows.batch(range(first, min(first + micro_batch_size, count)))
-            total += float(language_loss(model, batch.to(model.device), dtype=dtype))
-            targets += int((batch.targets != IGNORE).sum())
+            total += float(objective.loss(model, batch))
+            targets += objective.targets(batch)
     finally:
         model.train()
     return total / targets, targets
@@ -255,7 +236,12 @@ class _Run:
         began, position, count = time.perf_counter(), self.position, self.config.batch_rows
         rows = rows_at(position.step * count, count=count, total=len(self.started.rows), seed=self.settings.seed)
         record = train_step(
-            self.model, self.optimizer, self.started.rows.batch(rows), step=position.step + 1, settings=self.settings
+            self.model,
+            self.optimizer,
+            self.started.objective,
+            self.started.rows.batch(rows),
+            step=position.step + 1,
+            settings=self.settings,
         )
         position.step += 1
         position.tokens += record["step_tokens"]
@@ -276,17 +262,17 @@ class _Run:
         if held_out is None or not due or step in evaluations.steps:
             return
         began = time.perf_counter()
-        found = held_out_loss(
+        result = held_out_loss(
             self.model,
+            self.started.objective,
             held_out,
             max_rows=self.config.data.eval_rows,
             micro_batch_size=self.settings.micro_batch_size,
-            dtype=self.settings.dtype,
             stop=stop,
         )
-        if found is None:
+        if result is None:
             return
-        loss, tokens = found
+        loss, tokens = result
         _require_finite({"held-out loss": loss}, step)
         record = {"step": step, "loss": loss, "tokens": tokens, "seconds": time.perf_counter() - began}
         evaluations.write(record)

@@ -25,6 +25,7 @@ from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError
 from moewright.moe.kernels import kernel_named
 from moewright.train.config import RunConfig, ignored_settings
+from moewright.train.objective import CausalLanguageModel
 from moewright.upcycle.apply import file_digests, upcycle_model
 from moewright.upcycle.config import UpcycleConfig
 
@@ -35,6 +36,8 @@ class Start:
 
     model: PreTrainedModel
     """float32, on the run's device, in training mode."""
+    objective: CausalLanguageModel
+    """What it learns from a batch."""
     rows: PackedRows
     """What it learns from."""
     held_out: PackedRows | None
@@ -90,7 +93,15 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
         **upcycle_digests(config.upcycle),
     }
     nn.Module.to(model, device)  # in place; transformers wraps its own `to` in a way that type checkers misread
-    return Start(model=model.train(), rows=rows, held_out=held_out, record=record, content=content, sources=sources)
+    return Start(
+        model=model.train(),
+        objective=CausalLanguageModel(dtype=config.train.dtype),
+        rows=rows,
+        held_out=held_out,
+        record=record,
+        content=content,
+        sources=sources,
+    )
 
 
 def text_digests(data: DataConfig) -> dict[str, str]:
