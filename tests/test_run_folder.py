@@ -119,7 +119,7 @@ def test_cheap_mistakes_are_told_before_the_model_is_loaded(tmp_path: Path, monk
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr(start, "load_model", never)
+    monkeypatch.setattr(start, "fill", never)
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"files": ("no.txt",)}, DataError, "no such file"),
         ({"eval_files": (text,)}, UsageError, r"text\.jsonl is in data\.files and in data\.eval_files"),

@@ -471,7 +471,7 @@ def test_a_run_file_has_every_setting(made, tmp_path):
     (tmp_path / "run.toml").write_text(head + "[upcycle]\n" + "\n".join(lines))
     config = load_run(tmp_path / "run.toml").upcycle
     assert config == UpcycleConfig(**settings | {"siblings": ("sibling",)})
-    with pytest.raises(UsageError, match=r"upcycle\.neurons = \"best\": choose one of contiguous, shuffled"):
+    with pytest.raises(UsageError, match=r"--upcycle\.neurons best: choose one of contiguous"):
         load_run(tmp_path / "run.toml", ["--upcycle.neurons", "best"])
     run = make_run(tmp_path / "run", upcycle=config_in(place, settings), steps=2)
     train(run)

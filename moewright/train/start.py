@@ -2,19 +2,22 @@
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moewright.backbone.device import device_of
-from moewright.backbone.folder import form_of, load_model
+from moewright.backbone.folder import Form, empty_model_of, fill
 from moewright.backbone.graft import configure, moe_layers
+from moewright.backbone.layout import Slot
+from moewright.backbone.skeleton import embedding_of
 from moewright.checkpoint.files import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.config import DataConfig
@@ -22,12 +25,13 @@ from moewright.data.documents import read_documents
 from moewright.data.pack import PackedRows, pack, shuffled
 from moewright.data.texts import digest, expand
 from moewright.data.tokenizer import load_tokenizer
-from moewright.errors import UsageError
+from moewright.errors import UsageError, settings_written
 from moewright.moe.kernels import kernel_named
 from moewright.train.config import RunConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
-from moewright.upcycle.apply import file_digests, upcycle_model
+from moewright.upcycle.apply import file_digests, provenance
 from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.plan import UpcyclePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +54,17 @@ class Start:
     """`text_digests` of the text."""
 
 
-def start(config: RunConfig, *, cache_dir: Path) -> Start:
-    """Load, and upcycle if asked, the model; read and pack the text, with its temporary files in `cache_dir`.
+def no_parallelism(model: PreTrainedModel) -> None:
+    """Leave a skeleton as it is: every parameter whole, in this process."""
 
-    Raises UsageError, ModelError and DataError for all that can be wrong with either.
+
+def start(config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedModel], None] = no_parallelism) -> Start:
+    """Build the model's skeleton, read and pack the text (with temporary files in `cache_dir`), fill the skeleton.
+
+    `prepare` is given the skeleton, whose parameters are on the meta device: here parallelism is applied.
+
+    Raises UsageError, ModelError and DataError for all that can be wrong with model or text, ResourceError for a disk
+    without room for the result; then no weights were read, unless upcycling measures on them.
     """
     if config.moe.kernel != "auto":
         kernel_named(config.moe.kernel)
@@ -61,37 +72,20 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
     source = ModelFolder(config.model)
     _require_possible(config.data, source)
     sources = text_digests(config.data)
-    if config.upcycle is None:
-        model = load_model(config.model, dtype=torch.float32)
-        record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
-    else:
-        model, record = upcycle_model(config.model, config.upcycle, dtype=torch.float32)
-    if model.config.is_encoder_decoder:
-        raise UsageError(
-            f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
-        )
-    configure(model, **asdict(config.moe))
+
+    model, form, make, record = _skeleton(config, source)
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)
-    # What cannot be written at the end is refused now.
-    slots = form_of(model).slots(model)
-    require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in slots))
+    require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in form.slots(model)))
     if config.train.gradient_checkpointing:
         recompute_blocks(model)
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    rows, held_out = _read_rows(
-        config.data,
-        load_tokenizer(config.model, vocabulary=embedding.num_embeddings),
-        seed=config.train.seed,
-        cache_dir=cache_dir,
-    )
-    content = {
-        "model": source.fingerprint(),
-        "data.files": rows.fingerprint(),
-        "data.eval_files": held_out.fingerprint() if held_out else "",
-        **upcycle_digests(config.upcycle),
-    }
+    prepare(model)
+
+    tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
+    rows, held_out = _read_rows(config.data, tokenizer, seed=config.train.seed, cache_dir=cache_dir)
+
+    fill(model, form, make)
+    configure(model, **asdict(config.moe))
     nn.Module.to(model, device)  # in place; transformers wraps its own `to` in a way that type checkers misread
     return Start(
         model=model.train(),
@@ -99,9 +93,34 @@ def start(config: RunConfig, *, cache_dir: Path) -> Start:
         rows=rows,
         held_out=held_out,
         record=record,
-        content=content,
+        content={
+            "model": source.fingerprint(),
+            "data.files": rows.fingerprint(),
+            "data.eval_files": held_out.fingerprint() if held_out else "",
+            **upcycle_digests(config.upcycle),
+        },
         sources=sources,
     )
+
+
+def _skeleton(
+    config: RunConfig, source: ModelFolder
+) -> tuple[PreTrainedModel, Form, Callable[[Slot], Tensor], dict[str, Any]]:
+    """The model in float32 with its parameters on meta, its form, the maker of each slot's tensor, and its record."""
+    if config.upcycle is None:
+        model, form = empty_model_of(source, dtype=torch.float32)
+        record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
+        make: Callable[[Slot], Tensor] = lambda slot: source.read(slot.name)  # noqa: E731
+    else:
+        names = [field.name for field in fields(config.upcycle)]
+        with settings_written(names, write=lambda name: f"upcycle.{name} = "):
+            plan = UpcyclePlan(source, config.upcycle, dtype=torch.float32)
+        model, form, make, record = plan.model, plan.form, plan.tensor, provenance(plan, [])
+    if model.config.is_encoder_decoder:
+        raise UsageError(
+            f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
+        )
+    return model, form, make, record
 
 
 def text_digests(data: DataConfig) -> dict[str, str]:
