@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
 from experiments.page import arguments, circumstances, renew, save
-from moewright.backbone.folder import Form, fill, load_model
+from moewright.backbone.load import MadeSource, fill, load_model
 from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
 from moewright.evaluate.compare import Reference
@@ -56,7 +56,7 @@ def measure() -> dict[str, object]:
 
         def row(settings: dict[str, object]) -> dict[str, object]:
             plan = plan_growth(source, GrowConfig(**settings))
-            fill(plan.model, Form(), lambda slot: plan.tensor(slot.name))
+            fill(plan.model, plan.format, MadeSource(lambda slot: plan.tensor(slot.name)))
             found = {
                 "settings": asdict(plan.config),
                 "heads": plan.sizes.heads,

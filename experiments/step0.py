@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
 from experiments.page import arguments, circumstances, renew, save
-from moewright.backbone.folder import fill, load_model
+from moewright.backbone.load import MadeSource, fill, load_model
 from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
 from moewright.evaluate.compare import Reference, compare_logits
@@ -107,7 +107,7 @@ def measure(*, methods_alone: bool) -> dict[str, object]:
             calibrate_on = options.pop("calibrate_on", None)
             config = UpcycleConfig(**{"experts": EXPANSION * options.get("granularity", 1)} | options)
             plan = plan_upcycle(source, config, dtype=dtype, calibration_texts=calibration if calibrate_on else None)
-            fill(plan.model, plan.form, plan.tensor)
+            fill(plan.model, plan.form, MadeSource(plan.tensor))
             comparison = references[dtype].compare(plan.model, granularity=config.tied)
             found = {"settings": plan.config.settings(), "calibrate_on": calibrate_on} | asdict(comparison)
             sys.stderr.write(f"{found}\n")

@@ -68,3 +68,9 @@ def settings_written(names: Iterable[str], *, write: Callable[[str], str]) -> It
     except UsageError as error:
         error.args = (pattern.sub(lambda match: write(match[1]), str(error)), *error.args[1:])
         raise
+
+
+def listed(names: list[str]) -> str:
+    """The first five names, and the number of the others: a list that fits into the line of an error."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

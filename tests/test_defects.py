@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moewright import cli
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, UsageError
 from moewright.train.loop import train

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from moewright import cli
-from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.data.pack import PackedRows
 from moewright.distil import apply as distil
 from moewright.distil.apply import distil_folder

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mt5.modeling_mt5 import MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from moewright.backbone.folder import load_model
 from moewright.backbone.inspect import inspect_folder
+from moewright.backbone.load import load_model
 from moewright.backbone.skeleton import has_tied_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import DataError, ModelError, UsageError

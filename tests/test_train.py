@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moewright.backbone.folder import load_model
+from moewright.backbone.load import load_model
 from moewright.errors import CheckpointError, DataError, ModelError, Preempted, UsageError
 from moewright.moe.config import MoESettings
 from moewright.train import loop

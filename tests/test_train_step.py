@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import configure, graft
+from moewright.backbone.blocks import configure
+from moewright.backbone.graft import graft
 from moewright.data.pack import IGNORE, Batch, PackedRows
 from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer

@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
 from moewright.backbone.inspect import inspect_folder
+from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import DataError, ModelError, UsageError
 from moewright.evaluate.compare import broken_groups
-from moewright.family.table import chosen_layers
+from moewright.family.config import chosen_layers
 from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
 from moewright.upcycle.apply import upcycle_folder, upcycle_model

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from moewright import cli
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import load_model
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.tokenizer import tokenise

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moewright.checkpoint.files import file_inside, read_json
+from moewright.checkpoint.untrusted import file_inside, read_json
 
 TOKENIZER = "tokenizer.json"
 PLAIN = ("vocab.json", "added_tokens.json")

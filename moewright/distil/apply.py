@@ -15,13 +15,14 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from moewright.backbone.blocks import moe_layers
 from moewright.backbone.device import device_of
-from moewright.backbone.folder import folder_dtype, load_model, save_model
-from moewright.backbone.formats import is_sparse
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.formats.choose import is_sparse
+from moewright.backbone.load import folder_dtype, load_model
+from moewright.backbone.save import save_model
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import embedding_of, longest_text
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.data.texts import digest

@@ -8,14 +8,14 @@ from typing import Any, Final
 import torch
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import moe_layers
-from moewright.checkpoint.files import some
+from moewright.backbone.blocks import moe_layers
 from moewright.distil.choose import choose
 from moewright.distil.config import DistilConfig
 from moewright.distil.measure import measure_layers
 from moewright.distil.rows import Rows
 from moewright.distil.teach import train_layers, training_config
 from moewright.distil.teacher import Teacher
+from moewright.errors import listed
 from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
 
@@ -107,7 +107,7 @@ def _warn_of_one_expert(training: Mapping[int, MoEConfig]) -> None:
 def _warn_of(table: Sequence[Mapping[str, Any]], config: DistilConfig) -> None:
     def warn(rows: Iterable[Mapping[str, Any]], text: str) -> None:
         if numbers := [str(row["layer"]) for row in rows]:
-            warnings.warn(f"layers {some(numbers)} {text}", stacklevel=4)
+            warnings.warn(f"layers {listed(numbers)} {text}", stacklevel=4)
 
     warn(
         (row for row in table if row["error_before"] <= EXACT),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import moe_path
+from moewright.backbone.blocks import moe_path
 from moewright.data.pack import Batch
 from moewright.family.table import family_of
 

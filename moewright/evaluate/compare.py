@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers, moe_path
+from moewright.backbone.blocks import moe_layers, moe_path
+from moewright.backbone.load import load_model
 from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError, ModelError
 from moewright.family.table import family_of

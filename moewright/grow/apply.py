@@ -15,12 +15,12 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import Form, empty_model_of, fill
-from moewright.backbone.formats import is_sparse
-from moewright.backbone.layout import slots
+from moewright.backbone.formats.choose import is_sparse
+from moewright.backbone.load import MadeSource, fill, open_skeleton
+from moewright.backbone.save import format_of
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
-from moewright.checkpoint.files import require_space
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.checkpoint.write import FolderWriter
@@ -54,7 +54,7 @@ class GrowPlan:
                 f"{', '.join(growing_families())}"
             )
         self._growth = self.family.growth
-        self._dense = empty_model_of(folder)[0]  # names and shapes are checked before anything is read
+        self._dense = open_skeleton(folder)[0]  # names and shapes are checked before anything is read
         self.folder = folder
         self.dtype = dtype or folder.dtype()
         self.tied = has_tied_head(self._dense)
@@ -78,7 +78,8 @@ class GrowPlan:
         if has_tied_head(self.model) and not self.tied:
             untie_head(self.model)
         self.inexact = self._why_inexact()
-        self._names = {slot.name: slot.shape for slot in slots(self.model, None)}
+        self.format = format_of(self.model)
+        self._names = {slot.name: slot.shape for slot in self.format.slots(self.model)}
         for name in self._names:
             self._sources(name)
         self._warn_of()
@@ -256,13 +257,13 @@ def grow_folder(
         return GrowReport(target, False, summary, [])
     comparisons: list[dict[str, Any]] = []
     with writer:
-        writer.write_json("config.json", Form().fields(plan.model))
+        writer.write_json("config.json", plan.format.fields(plan.model))
         advance = track(summary["bytes"]) if track else None
         writer.write_tensors(plan.tensors(), on_tensor=advance and (lambda _, count: advance(count)))
         writer.copy_companions(source)
         if texts is not None:
             comparisons += _verify(plan, writer.path, texts)
-        writer.commit(growth_record(plan, comparisons) | Form().record(plan.model))
+        writer.commit(growth_record(plan, comparisons) | plan.format.record(plan.model))
     return GrowReport(target, True, summary, comparisons)
 
 
@@ -272,7 +273,7 @@ def grow_model(source: str | Path, config: GrowConfig, *, dtype: torch.dtype) ->
     Tensors are read one at a time into place.
     """
     plan = plan_growth(source, config, dtype=dtype)
-    fill(plan.model, Form(), lambda slot: plan.tensor(slot.name))
+    fill(plan.model, plan.format, MadeSource(lambda slot: plan.tensor(slot.name)))
     return plan.model, growth_record(plan, [])
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from moewright.backbone.twin import dense_fields
 from moewright.errors import ModelError, UsageError
-from moewright.family.table import backbone_config, family_of
+from moewright.family.config import backbone_config, dense_fields
+from moewright.family.table import family_of
 from moewright.grow.config import DEPTHS, Sizes
 from moewright.grow.maps import layer_map
 

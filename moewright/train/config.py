@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from moewright.checkpoint.files import overlap
+from moewright.checkpoint.disk import overlap
 from moewright.data.config import DataConfig
 from moewright.errors import UsageError
 from moewright.moe.config import MoESettings

@@ -8,8 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from moewright.checkpoint.files import json_bytes, read_json, remove, replace_text, writing
+from moewright.checkpoint.disk import remove, writing
+from moewright.checkpoint.files import json_bytes, replace_text
 from moewright.checkpoint.lock import lock_folder
+from moewright.checkpoint.untrusted import read_json
 from moewright.errors import CheckpointError, ModelError, UsageError
 from moewright.train.config import RunConfig
 from moewright.train.run_file import to_toml

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import save_model
-from moewright.backbone.graft import moe_layers, routing_contexts
+from moewright.backbone.blocks import moe_layers, routing_contexts
+from moewright.backbone.save import save_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
 from moewright.data.pack import rows_at

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import routing_contexts
+from moewright.backbone.blocks import routing_contexts
 from moewright.data.pack import IGNORE, Batch
 
 BatchT = TypeVar("BatchT")

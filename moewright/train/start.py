@@ -10,15 +10,15 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moewright.backbone.blocks import configure, moe_layers
 from moewright.backbone.device import device_of
-from moewright.backbone.folder import Form, empty_model_of, fill
-from moewright.backbone.graft import configure, moe_layers
-from moewright.backbone.layout import Slot
+from moewright.backbone.formats.base import Format
+from moewright.backbone.load import FolderSource, MadeSource, fill, open_skeleton
 from moewright.backbone.skeleton import embedding_of
-from moewright.checkpoint.files import require_space
+from moewright.backbone.slots import TensorSource
+from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.config import DataConfig
 from moewright.data.documents import read_documents
@@ -73,10 +73,10 @@ def start(config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedMo
     _require_possible(config.data, source)
     sources = text_digests(config.data)
 
-    model, form, make, record = _skeleton(config, source)
+    model, written_as, tensors, record = _skeleton(config, source)
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)
-    require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in form.slots(model)))
+    require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in written_as.slots(model)))
     if config.train.gradient_checkpointing:
         recompute_blocks(model)
     prepare(model)
@@ -84,9 +84,8 @@ def start(config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedMo
     tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
     rows, held_out = _read_rows(config.data, tokenizer, seed=config.train.seed, cache_dir=cache_dir)
 
-    fill(model, form, make)
+    fill(model, written_as, tensors, device=device)
     configure(model, **asdict(config.moe))
-    nn.Module.to(model, device)  # in place; transformers wraps its own `to` in a way that type checkers misread
     return Start(
         model=model.train(),
         objective=CausalLanguageModel(dtype=config.train.dtype),
@@ -103,24 +102,22 @@ def start(config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedMo
     )
 
 
-def _skeleton(
-    config: RunConfig, source: ModelFolder
-) -> tuple[PreTrainedModel, Form, Callable[[Slot], Tensor], dict[str, Any]]:
-    """The model in float32 with its parameters on meta, its form, the maker of each slot's tensor, and its record."""
+def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, TensorSource, dict[str, Any]]:
+    """The model in float32 with its parameters on meta, the format and the source of its tensors, and its record."""
     if config.upcycle is None:
-        model, form = empty_model_of(source, dtype=torch.float32)
+        model, written_as = open_skeleton(source, dtype=torch.float32)
+        tensors: TensorSource = FolderSource(source)
         record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
-        make: Callable[[Slot], Tensor] = lambda slot: source.read(slot.name)  # noqa: E731
     else:
         names = [field.name for field in fields(config.upcycle)]
         with settings_written(names, write=lambda name: f"upcycle.{name} = "):
             plan = UpcyclePlan(source, config.upcycle, dtype=torch.float32)
-        model, form, make, record = plan.model, plan.form, plan.tensor, provenance(plan, [])
+        model, written_as, tensors, record = plan.model, plan.form, MadeSource(plan.tensor), provenance(plan, [])
     if model.config.is_encoder_decoder:
         raise UsageError(
             f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
         )
-    return model, form, make, record
+    return model, written_as, tensors, record
 
 
 def text_digests(data: DataConfig) -> dict[str, str]:

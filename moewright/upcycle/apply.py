@@ -12,9 +12,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import fill
+from moewright.backbone.load import MadeSource, fill
 from moewright.checkpoint.ahead import HashesAhead, hash_ahead
-from moewright.checkpoint.files import record_of, require_space
+from moewright.checkpoint.disk import require_space
+from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.data.texts import digest
@@ -105,7 +106,7 @@ def upcycle_model(
     Dense and sparse weights are never in memory together: tensors are read one at a time into place.
     """
     plan = UpcyclePlan(ModelFolder(source), config, dtype=dtype)
-    fill(plan.model, plan.form, plan.tensor)
+    fill(plan.model, plan.form, MadeSource(plan.tensor))
     return plan.model, provenance(plan, [])
 
 

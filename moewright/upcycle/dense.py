@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.folder import empty_model_of
-from moewright.backbone.formats import is_sparse
+from moewright.backbone.formats.choose import is_sparse
+from moewright.backbone.load import open_skeleton
 from moewright.backbone.skeleton import has_tied_head
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError
-from moewright.family.table import Family, family_of
+from moewright.family.row import Family
+from moewright.family.table import family_of
 from moewright.upcycle.siblings import average, check_siblings, sibling_of
 
 
@@ -79,7 +80,7 @@ def dense_model(folders: Sequence[ModelFolder]) -> PreTrainedModel:
             raise ModelError(
                 f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
             )
-        models.append(empty_model_of(folder)[0])
+        models.append(open_skeleton(folder)[0])
     if len(folders) > 1:
         check_siblings(folders)
         for folder, model in zip(folders, models, strict=True):

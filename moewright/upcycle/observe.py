@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import moe_path
+from moewright.backbone.blocks import moe_path
 from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError
-from moewright.family.table import Place, family_of
+from moewright.family.row import Place
+from moewright.family.table import family_of
 from moewright.upcycle.importance import first_order
 from moewright.upcycle.scale import mean_weight_sum
 from moewright.upcycle.seeds import generator

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.folder import Form, constant, form_of, load_model
+from moewright.backbone.formats.base import Format
 from moewright.backbone.graft import graft
-from moewright.backbone.layout import Piece, Slot
+from moewright.backbone.load import load_model
+from moewright.backbone.save import format_of
 from moewright.backbone.sizes import bytes_of, parameter_counts
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
+from moewright.backbone.slots import Piece, Slot
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.data.tokenizer import load_tokenizer, tokenise
 from moewright.errors import ModelError, UsageError
-from moewright.export.runtimes import foretold
-from moewright.family.table import Family, chosen_layers
+from moewright.export.runtimes import expected_runtimes
+from moewright.family.config import chosen_layers
+from moewright.family.row import Family
 from moewright.moe.config import MoEConfig
 from moewright.upcycle.calibrate import expected_weight_sums
 from moewright.upcycle.cluster import activation_features, unit_rows
@@ -38,7 +41,7 @@ from moewright.upcycle.scale import Factors, factors, mean_weight_sum
 class UpcyclePlan:
     """A dense folder, and the sparse model that it becomes: every tensor by name, none made yet.
 
-    `model` is the sparse model with its parameters on meta, `form` what it is written as,
+    `model` is the sparse model with its parameters on meta, `form` the format it is written in,
     `config` the settings with all defaults in place, `factors` what each layer's projections are
     multiplied by, `source` what is read of the folder and its siblings. What is measured, is measured on the folder.
 
@@ -77,7 +80,7 @@ class UpcyclePlan:
         if has_tied_head(self.model) and not has_tied_head(self.source.model):
             untie_head(self.model)
         graft(self.model, self.layers)
-        self.form: Form = form_of(self.model, wanted=format)
+        self.form: Format = format_of(self.model, format)
         self._held: dict[int, Held] = {}
         self._routers: dict[int, Tensor] = {}
         self._states: dict[int, list[list[Tensor]]] = {}
@@ -177,11 +180,11 @@ class UpcyclePlan:
         """Make it a piece at a time, in the order of its memory; `ModelError` for what float16 cannot hold."""
         dtype = slot.dtype or self.dtype
         if slot.fill is not None:
-            yield constant(slot, dtype)
+            yield slot.constant(dtype)
         elif slot.pieces:
             for piece in slot.pieces:
                 made = self.piece(piece, dtype=dtype)
-                yield self._in_range(slot, made if slot.factor == 1.0 else made * slot.factor)
+                yield self._in_range(slot, slot.to_disk(made))
         else:
             assert slot.target is not None, "what has no pieces is a tensor of the dense model"
             yield self._in_range(slot, self.source.tensor(slot.target, dtype=dtype))
@@ -284,7 +287,7 @@ class UpcyclePlan:
         return {
             "source": str(self.folder.path),
             "family": self.family.model_type,
-            "target_format": self.form.name(sparse),
+            "target_format": self.form.name,
             "dtype": str(self.dtype).removeprefix("torch."),
             "sparse_layers": len(self.layers),
             "dense_layers": len(self.family.places(sparse.config)) - len(self.layers),
@@ -298,7 +301,7 @@ class UpcyclePlan:
             },
             "bytes": sum(self._bytes(slot) for slot in self.form.slots(self.model)),
             "memory_needed": self._memory_needed(),
-            "runtimes": [row.as_dict() for row in foretold(self.form, sparse)],
+            "runtimes": [row.as_dict() for row in expected_runtimes(self.form, sparse)],
         }
 
 
