@@ -1,7 +1,7 @@
 """Layer-wise distillation: MoE blocks trained one by one to do what dense blocks do, then a top-k for each.
 
-The idea is LaDiMo's (arXiv 2408.04278), of which we know the abstract and accounts by others: what is here where those
-say nothing (the loss's normaliser, the optimiser, how a top-k is chosen) is ours. `docs/distillation.md` says which.
+The idea is LaDiMo's (arXiv 2408.04278), of which we know the abstract and accounts by others. Where these say nothing
+(the loss's normaliser, the optimiser, the choice of a top-k) the solution is ours; `docs/distillation.md` says where.
 """
 
 import tempfile
@@ -56,11 +56,11 @@ def distil_folder(
 ) -> dict[str, Any]:
     """Distil `dense` into `sparse`, which was upcycled from it, and write the result; atomic.
 
-    `text` names what is learned from, `verify_text` what errors are measured on, both as paths or patterns; without
-    the latter it is the end of the former, once its documents stand in a seeded order. `track(total)` is called once
-    with the tokens that the dense model will read, and returns what is called with each advance.
+    `text` names the files to learn from, `verify_text` those to measure errors on, as paths or patterns; without the
+    latter the end of the former is measured on, once its documents stand in a seeded order. `track(total)` is called
+    once with the number of tokens that the dense model will read, and returns a function to call with each advance.
 
-    Returns what `moewright.json` says under `distil`, and the `target`. Both models are held in memory in float32, and
+    Returns the entry `distil` of `moewright.json`, and the `target`. Both models are held in memory in float32, and
     for each layer that is trained its gradient and two moments. The same call gives the same bytes on one machine with
     one number of threads. A call that is interrupted leaves nothing, and starts anew: nothing is resumed.
 
@@ -71,7 +71,7 @@ def distil_folder(
     device = device_of(config.device, name="device")
     folders = ModelFolder(dense), ModelFolder(sparse)
     with FolderWriter(target, overwrite=overwrite, sources=[dense, sparse]) as writer:
-        # What would be refused after hours of training is refused now.
+        # Refused now rather than after hours of training.
         require_space(writer.path, sum(info.end - info.start for info in folders[1].tensors.values()))
     original, student = _load_pair(*folders)
     if config.sequence_length > longest_text(original):
@@ -114,12 +114,13 @@ def _load_pair(dense: ModelFolder, sparse: ModelFolder) -> tuple[PreTrainedModel
     if teacher.config.is_encoder_decoder:
         raise ModelError(
             f"{dense.path}: distillation of an encoder-decoder ({teacher.config.model_type}) is not supported: its "
-            "blocks are to see what they see in use, pairs of source and target, and only plain text is read here"
+            "blocks must see pairs of source and target, as they do in use, and only plain text is read here"
         )
     student = load_model(sparse.path, dtype=torch.float32)
-    if what := _difference(teacher, student, dtype=folder_dtype(sparse)):
+    if difference := _difference(teacher, student, dtype=folder_dtype(sparse)):
         raise ModelError(
-            f"{sparse.path} was not upcycled from {dense.path}, or was trained since: {what}; upcycle {dense.path} anew"
+            f"{sparse.path} was not upcycled from {dense.path}, or was trained since: {difference}; "
+            f"upcycle {dense.path} anew"
         )
     return teacher, student
 
@@ -127,13 +128,13 @@ def _load_pair(dense: ModelFolder, sparse: ModelFolder) -> tuple[PreTrainedModel
 def _difference(dense: PreTrainedModel, sparse: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
     """The first thing in which the models differ outside the MoE blocks, the dense one's weights rounded to `dtype`.
 
-    It is what their hidden states depend on: where it differs, the blocks would learn from inputs that they never see.
+    Their hidden states depend on all of it: where it differs, blocks would learn from inputs that they never see.
     """
     # The width of a feed-forward block is not the backbone's: layouts without dense layers have the experts' there.
     free = HARMLESS | {stack.size for stack in family_of(dense.config).stacks}
     a, b = ({k: v for k, v in model.config.to_dict().items() if k not in free} for model in (dense, sparse))
     for key in sorted(a.keys() & b.keys()):
-        if a[key] != b[key] and None not in (a[key], b[key]):  # None: what follows from other fields
+        if a[key] != b[key] and None not in (a[key], b[key]):  # None: it follows from other fields
             return f"{key} is {b[key]!r}, not {a[key]!r}"
     inside = {id(parameter) for moe in moe_layers(sparse).values() for parameter in moe.parameters()}
     for name, parameter in sparse.named_parameters():

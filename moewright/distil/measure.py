@@ -4,7 +4,7 @@ Letters: B rows, S tokens of a row, T = B S tokens, D model width, E experts.
 
 The error of a layer is `sum_t |moe(x_t) - ffn(x_t)|^2 / sum_t |ffn(x_t) - mean ffn|^2` over real tokens: the output's
 mean squared error as a share of the dense output's variance, both summed over the D dims. It has no unit, so layers
-compare; 0 is the dense block, 1 is what its mean output alone would give.
+compare; 0 is the dense block, 1 is the error of its mean output alone.
 """
 
 import math

@@ -50,7 +50,7 @@ class TrainConfig:
     """Steps of the decay at the end; for the schedule wsd only."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What activations are computed in; parameters, gradients, moments and losses are float32 either way."""
+    """Precision of activations; parameters, gradients, moments and losses are float32 either way."""
 
     weight_decay: float = 0.1
     """AdamW's decoupled decay, on matrices only."""
@@ -176,18 +176,18 @@ class RunConfig:
 
 
 def ignored_settings(config: RunConfig, *, sparse: bool) -> list[str]:
-    """What `config` sets to no effect, in words; `sparse` says whether the model has mixture-of-experts layers."""
+    """Settings of `config` without effect, in words; `sparse`: whether the model has mixture-of-experts layers."""
     data, train = config.data, config.train
-    found = [
+    ignored = [
         (f"moe.{field.name}", getattr(config.moe, field.name), "the model has no mixture-of-experts layers")
         for field in fields(config.moe)
         if not sparse and getattr(config.moe, field.name) != field.default
     ]
     if not sparse and train.router_learning_rate_ratio != TrainConfig.router_learning_rate_ratio:
         ratio = train.router_learning_rate_ratio
-        found.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
+        ignored.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
     if train.schedule == "constant" and train.min_learning_rate_ratio != TrainConfig.min_learning_rate_ratio:
-        found.append(("train.min_learning_rate_ratio", train.min_learning_rate_ratio, "train.schedule is constant"))
+        ignored.append(("train.min_learning_rate_ratio", train.min_learning_rate_ratio, "train.schedule is constant"))
     if data.eval_files and data.eval_fraction != DataConfig.eval_fraction:
-        found.append(("data.eval_fraction", data.eval_fraction, "data.eval_files is given"))
-    return [f"{name} = {value} is ignored: {why}" for name, value, why in found]
+        ignored.append(("data.eval_fraction", data.eval_fraction, "data.eval_files is given"))
+    return [f"{name} = {value} is ignored: {why}" for name, value, why in ignored]

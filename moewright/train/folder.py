@@ -22,7 +22,7 @@ FINAL: Final = "final"
 METRICS: Final = "metrics.jsonl"
 EVALUATIONS: Final = "evaluations.jsonl"
 RUN: Final = "moewright-run.json"
-"""What makes a folder a run's: the identity of the run, and the digests of its text files."""
+"""The file that marks the folder of a run: the run's identity, and the digests of its text files."""
 CACHE: Final = ".moewright-cache"
 
 

@@ -51,7 +51,7 @@ from moewright.train.start import Start, start, text_digests, upcycle_digests
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A finished run, as its folder tells it."""
+    """A completed run, as its folder records it."""
 
     steps: int
     """Optimiser steps."""
@@ -72,12 +72,12 @@ class TrainResult:
 def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
     """Run `config` to its end, from its newest checkpoint if there is one; progress is shown on `console`.
 
-    Writes below `config.out`: `config.toml` (resolved), `moewright-run.json` (what identifies the run),
+    Writes below `config.out`: `config.toml` (resolved), `moewright-run.json` (the identity of the run),
     `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, and at the end `final/`. On CPU in float32, with the same
     number of threads, a run that was stopped and started again is equal to the last bit to one that was not.
 
     Raises:
-        UsageError, ModelError, DataError: what is asked for cannot be trained; nothing was written.
+        UsageError, ModelError, DataError: settings, model or text are no good; nothing was written.
         ResourceError: the disk is full; no step that was made is lost if its state still fits.
         CheckpointError: the folder belongs to another run, or the loss is no longer finite.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call goes on from it.
@@ -85,7 +85,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
     folder, progress = Path(config.out), TrainingProgress(console)
     with open_run(folder):
         if (folder / FINAL).exists():
-            _require_same_finished(config, folder)
+            _require_same_completed(config, folder)
             progress.note(f"{folder} is finished ({config.train.steps} steps): nothing to do")
             return _result(folder)
         if config.train.tensorboard:
@@ -176,7 +176,7 @@ def held_out_loss(
 
 
 class _Run:
-    """A run between two starts: what its steps read and change, and where they are told."""
+    """One process of a run: its state, its steps, and their records."""
 
     def __init__(self, config: RunConfig, started: Start, progress: TrainingProgress) -> None:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
@@ -315,7 +315,7 @@ class _Run:
         return position
 
     def _require_same_history(self) -> None:
-        """Before a start from step 0: what was reported there without a checkpoint is dropped only for the same run."""
+        """Before a start from step 0: lines of steps without a checkpoint are dropped for the same run only."""
         lines = [line for name in (METRICS, EVALUATIONS) for line in read_json_lines(self.folder / name)]
         if not lines:
             return
@@ -327,12 +327,12 @@ class _Run:
         )
 
 
-def _require_same_finished(config: RunConfig, folder: Path) -> None:
-    """CheckpointError when the run in `folder`, which is finished, is not the one that `config` describes now."""
-    found, sources = recorded_run(folder)
+def _require_same_completed(config: RunConfig, folder: Path) -> None:
+    """CheckpointError when `config` does not describe the completed run in `folder` any more."""
+    identity, sources = recorded_run(folder)
     content = {"model": ModelFolder(config.model).fingerprint()} | text_digests(config.data)
     content |= upcycle_digests(config.upcycle)
-    resume.require_same_run(found | sources, resume.identity(config, content=content), where=folder / FINAL)
+    resume.require_same_run(identity | sources, resume.identity(config, content=content), where=folder / FINAL)
 
 
 def _seed_everything(seed: int) -> None:
@@ -347,9 +347,9 @@ def _require_finite(values: Mapping[str, float], step: int) -> None:
             raise _diverged(step, f"{name} is {value}")
 
 
-def _diverged(step: int, what: str) -> CheckpointError:
+def _diverged(step: int, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"step {step}: {what}; the run stops, and nothing was saved since. Begin a new one with a lower "
+        f"step {step}: {problem}; the run stops, and nothing was saved since. Begin a new one with a lower "
         "train.learning_rate, more train.warmup_steps, or train.dtype = float32"
     )
 

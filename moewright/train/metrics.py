@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines that survive a crash, the load of the experts, and TensorBoard."""
+"""The metrics of a run: JSON lines that survive a crash, the load of the experts, and TensorBoard."""
 
 import importlib
 import json
@@ -138,7 +138,7 @@ def require_tensorboard() -> None:
 
 
 class Board:
-    """The same metrics for TensorBoard, in `folder`; what it has of steps after `after` is hidden."""
+    """The same metrics for TensorBoard, in `folder`; earlier records of steps after `after` are hidden."""
 
     def __init__(self, folder: Path, *, after: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -152,7 +152,7 @@ class Board:
                 self._writer.add_scalar(f"{group}/{name}", value, record["step"])
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write the records that are still in memory."""
         self._writer.close()
 
 

@@ -31,13 +31,13 @@ class Rows(Protocol[Produced]):
 
 
 class Objective(Protocol[BatchT]):
-    """What a model learns from a batch; the batch's rows may be divided in any way."""
+    """The loss that a model learns from, a sum over targets, so that a batch may be divided in any way."""
 
     def micro_batches(self, batch: BatchT, size: int) -> Iterator[BatchT]:
         """The batch in parts of at most `size` rows, in order, without a copy."""
 
     def targets(self, batch: BatchT) -> int:
-        """The number of tokens that are predicted: what a summed loss is divided by."""
+        """The number of tokens to be predicted, by which the summed loss is divided."""
 
     def tokens(self, batch: BatchT) -> Mapping[str, int]:
         """The number of real tokens that each stack of the model reads, by the stack's name."""

@@ -1,7 +1,7 @@
 """Run files: TOML and flags to a `RunConfig`, and back to TOML.
 
-The types of the dataclasses are all there is to say about a setting; pydantic holds values against them, and what it
-refuses becomes one line that names the key of the file, or the flag, as it was written.
+pydantic checks values against the types of the dataclasses. An error is one line that names the key, or the flag, as it
+was written.
 """
 
 import copy
@@ -35,7 +35,7 @@ EXPECTED: Final = {
     "tuple_type": "a list",
     "dataclass_type": "a table",
 }
-"""pydantic's names of errors, and the words for what it expected."""
+"""Words for the expected type, by pydantic's name of the error."""
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -162,7 +162,7 @@ def _type_at(kind: Any, place: Place) -> Any:
 
 
 def _written(place: Place, flags: Mapping[Place, str]) -> str:
-    """What stands before a setting's value where it was written: `--train.steps ` or `train.steps = `."""
+    """A setting as it was written, up to its value: `--train.steps ` or `train.steps = `."""
     return f"--{'.'.join(place)} " if place in flags else f"{'.'.join(place)} = "
 
 

@@ -1,4 +1,4 @@
-"""What a run starts from: its model, its rows of tokens, and the content that identifies both."""
+"""The start of a run: its model, its rows of tokens, and the digests that identify both."""
 
 import math
 import warnings
@@ -41,15 +41,15 @@ class Start:
     model: PreTrainedModel
     """float32, on the run's device, in training mode."""
     objective: CausalLanguageModel
-    """What it learns from a batch."""
+    """The loss of a batch."""
     rows: PackedRows
-    """What it learns from."""
+    """The text to learn from."""
     held_out: PackedRows | None
-    """What it is evaluated on, if anything."""
+    """The text of evaluations, if there are any."""
     record: dict[str, Any]
     """Where a sparse model comes from, for the `moewright.json` of the trained one."""
     content: dict[str, Any]
-    """sha256 of the model folder, of both sets of rows, and of what upcycling reads, by the setting that chose them."""
+    """sha256 of the model folder, both sets of rows, and the files that upcycling reads, by the setting of each."""
     sources: dict[str, str]
     """`text_digests` of the text."""
 
@@ -131,13 +131,13 @@ def text_digests(data: DataConfig) -> dict[str, str]:
 
 def upcycle_digests(config: UpcycleConfig | None) -> dict[str, Any]:
     """sha256 of the files that upcycling reads beside the model, by the name of the setting."""
-    return {} if config is None else {f"upcycle.{name}": found for name, found in file_digests(config).items()}
+    return {} if config is None else {f"upcycle.{name}": value for name, value in file_digests(config).items()}
 
 
 def _require_possible(data: DataConfig, source: ModelFolder) -> None:
-    """Refuse what can be told before the model is loaded."""
+    """Refuse settings that do not fit the files, before any weight is read."""
     if twice := {path.resolve() for path in expand(data.files)} & {path.resolve() for path in expand(data.eval_files)}:
-        raise UsageError(f"{min(twice)} is in data.files and in data.eval_files: hold out what is not trained on")
+        raise UsageError(f"{min(twice)} is in data.files and in data.eval_files: hold out other files")
     positions = source.config.get("max_position_embeddings")
     if isinstance(positions, int) and data.sequence_length > positions:
         raise UsageError(

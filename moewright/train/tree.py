@@ -15,7 +15,7 @@ Place = tuple[str, ...]
 
 
 def flatten(tree: Any, *, prefix: str = "") -> dict[str, Any]:
-    """`{"section.key": value}` with plain JSON values, None included: what two runs are compared by."""
+    """`{"section.key": value}` with plain JSON values, None included."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(tree):
         value = getattr(tree, field.name)
@@ -28,13 +28,13 @@ def flatten(tree: Any, *, prefix: str = "") -> dict[str, Any]:
 
 def places(kind: type["DataclassInstance"]) -> dict[Place, dataclasses.Field[Any]]:
     """Every field of `kind` and of its tables, which are fields themselves."""
-    found: dict[Place, dataclasses.Field[Any]] = {}
+    fields: dict[Place, dataclasses.Field[Any]] = {}
     for field in dataclasses.fields(kind):
-        found[field.name,] = field
+        fields[field.name,] = field
         table = required(get_type_hints(kind)[field.name])
         if isinstance(table, type) and dataclasses.is_dataclass(table):
-            found |= {(field.name, *place): below for place, below in places(table).items()}
-    return found
+            fields |= {(field.name, *place): below for place, below in places(table).items()}
+    return fields
 
 
 def defaults(kind: type["DataclassInstance"]) -> dict[str, Any]:
@@ -47,14 +47,14 @@ def defaults(kind: type["DataclassInstance"]) -> dict[str, Any]:
 
 
 def sentences(kind: type["DataclassInstance"]) -> dict[str, str]:
-    """What stands under each field of a dataclass in its source, on one line."""
+    """The sentence under each field of a dataclass in its source, on one line."""
     (definition,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(definition, ast.ClassDef)
-    found = {}
+    texts = {}
     for field, below in itertools.pairwise(definition.body):
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            found[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
-    return found
+            texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return texts
 
 
 def required(kind: Any) -> Any:
