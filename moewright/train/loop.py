@@ -25,9 +25,9 @@ from moewright.data.pack import IGNORE, Batch, PackedRows, rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
 from moewright.optim.adamw import make_optimizer
 from moewright.optim.schedule import learning_rate
+from moewright.report.progress import Progress
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
-from moewright.train.console import TrainingProgress
 from moewright.train.folder import (
     CHECKPOINTS,
     EVALUATIONS,
@@ -84,7 +84,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
         CheckpointError: the folder belongs to another run, or the loss is no longer finite.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call goes on from it.
     """
-    folder, progress = Path(config.out), TrainingProgress(console)
+    folder, progress = Path(config.out), Progress(console)
     with open_run(folder):
         if (folder / FINAL).exists():
             _require_same_finished(config, folder)
@@ -197,7 +197,7 @@ def held_out_loss(
 class _Run:
     """A run between two starts: what its steps read and change, and where they are told."""
 
-    def __init__(self, config: RunConfig, started: Start, progress: TrainingProgress) -> None:
+    def __init__(self, config: RunConfig, started: Start, progress: Progress) -> None:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
         self.started, self.model = started, started.model
         betas = (self.settings.beta1, self.settings.beta2)
