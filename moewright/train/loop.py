@@ -22,9 +22,9 @@ from moewright.checkpoint.state import newest_state
 from moewright.data.pack import rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
 from moewright.optim.adamw import make_optimizer
+from moewright.report.progress import Progress
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
-from moewright.train.console import TrainingProgress
 from moewright.train.folder import (
     CHECKPOINTS,
     EVALUATIONS,
@@ -82,7 +82,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
         CheckpointError: the folder belongs to another run, or the loss is no longer finite.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call goes on from it.
     """
-    folder, progress = Path(config.out), TrainingProgress(console)
+    folder, progress = Path(config.out), Progress(console)
     with open_run(folder):
         if (folder / FINAL).exists():
             _require_same_completed(config, folder)
@@ -178,7 +178,7 @@ def held_out_loss(
 class _Run:
     """One process of a run: its state, its steps, and their records."""
 
-    def __init__(self, config: RunConfig, started: Start, progress: TrainingProgress) -> None:
+    def __init__(self, config: RunConfig, started: Start, progress: Progress) -> None:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
         self.started, self.model = started, started.model
         betas = (self.settings.beta1, self.settings.beta2)

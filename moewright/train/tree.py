@@ -1,9 +1,6 @@
-"""Trees of dataclasses as flat mappings, and the sentences under their fields."""
+"""Trees of dataclasses as flat mappings."""
 
-import ast
 import dataclasses
-import inspect
-import itertools
 import types
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -44,17 +41,6 @@ def defaults(kind: type["DataclassInstance"]) -> dict[str, Any]:
         for place, field in places(kind).items()
         if field.default is not dataclasses.MISSING
     }
-
-
-def sentences(kind: type["DataclassInstance"]) -> dict[str, str]:
-    """The sentence under each field of a dataclass in its source, on one line."""
-    (definition,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(definition, ast.ClassDef)
-    texts = {}
-    for field, below in itertools.pairwise(definition.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-            texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
-    return texts
 
 
 def required(kind: Any) -> Any:
