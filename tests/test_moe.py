@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moewright.errors import UsageError
 from moewright.moe import kernels
-from moewright.moe.activations import ACTIVATIONS
+from moewright.moe.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from moewright.moe.balance import attach_loss, count_tokens, switch_loss, z_loss
 from moewright.moe.config import ROUTER_ORDERS, MoEConfig
 from moewright.moe.dispatch import combine, dispatch, sort_by_expert
@@ -195,6 +195,32 @@ def test_activations_are_those_of_transformers(name):
     torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_clamps_of_gpt_oss_are_those_of_the_definition(kernel, dtype):
+    # So far out that a good part of both halves is clamped, at either end of the up half.
+    layer = layer_of(kernel=kernel, activation="swiglu_oai", expert_bias=True, dtype=dtype)
+    with torch.no_grad():
+        layer.experts.gate_up_proj.mul_(20)
+    x = tokens(dtype=dtype)
+    upstream = torch.randn(T, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+    output = layer(x)
+    output.backward(upstream)
+
+    weights = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    x64 = x.detach().double().requires_grad_()
+    hidden = torch.einsum("td,ehd->teh", x64, weights["experts.gate_up_proj"])
+    for clamped in (hidden[..., :F] > 7, hidden[..., F:] > 7, hidden[..., F:] < -7):
+        assert 0.05 < clamped.double().mean() < 0.9, "a case that tells nothing"
+    wanted = reference.layer(x64, weights, layer.config, training=True).output_TD
+    wanted.backward(upstream.double())
+    tolerance = 5e-6 if dtype == torch.float32 else 3e-2
+    assert relative(output, wanted) < tolerance
+    assert relative(x.grad, x64.grad) < tolerance
+    for name, parameter in layer.named_parameters():
+        assert relative(parameter.grad, weights[name].grad) < tolerance, name
+
+
 def test_statistics_count_a_token_once_under_recomputation():
     layer = layer_of(balance_loss=0.1)
     x = tokens()
@@ -318,9 +344,11 @@ def test_outputs_can_be_changed_in_place():
     output.sum().backward()
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_native_activations_are_those_of_transformers(name, gated):
+BOTH = [(name, gated) for gated in (True, False) for name in sorted(ACTIVATIONS)]
+
+
+@pytest.mark.parametrize(("name", "gated"), [*BOTH, *((name, True) for name in GATED_ACTIVATIONS)])
+def test_native_activations_are_those_of_torch(name, gated):
     # Written again in C++, with derivatives of their own: compared far out, too.
     results = []
     for kernel in ("loop", "native"):
@@ -379,12 +407,16 @@ def test_auto_is_native_on_a_cpu_and_grouped_where_it_cannot_be_compiled(tmp_pat
 
 
 @pytest.mark.parametrize("kernel", HERE)
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS | GATED_ACTIVATIONS))
 def test_what_is_not_a_number_stays_so(name, kernel):
     # The training loop stops at a loss that is not finite: no kernel may swallow it.
     layer = layer_of(kernel=kernel, activation=name, router_order="softmax-topk")
     with torch.no_grad():
         layer.experts.gate_up_proj[:, F // 2] = float("nan")
+    assert layer(tokens()).isnan().all()
+    with torch.no_grad():
+        layer.experts.gate_up_proj[:, F // 2] = 1.0
+        layer.experts.gate_up_proj[:, F] = float("nan")  # a row of the up half
     assert layer(tokens()).isnan().all()
 
 

@@ -35,7 +35,7 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        activation_named(activation)
+        activation_named(activation, gated=gated)
         self.gated, self.activation, self.bias = gated, activation, bias
         self.first_name = "gate_up_proj" if gated else "up_proj"
         E, D, width = num_experts, hidden_size, expert_size
@@ -94,7 +94,7 @@ class SharedExpert(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.mode, self.gated, self.activation = mode, gated, activation_named(activation)
+        self.mode, self.activation = mode, activation_named(activation, gated=gated)
 
         def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -108,12 +108,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """The layer's output: (T, D), (T, D) -> (T, D)."""
-        hidden_TH: Tensor = self.get_submodule(self.first_name)(x_TD)
-        if self.gated:
-            gate_TS, up_TS = hidden_TH.chunk(2, dim=-1)
-            shared_TD = self.down_proj(self.activation(gate_TS) * up_TS)
-        else:
-            shared_TD = self.down_proj(self.activation(hidden_TH))
+        shared_TD = self.down_proj(self.activation(self.get_submodule(self.first_name)(x_TD)))
         if self.gate is None:
             output_TD: Tensor = routed_TD + shared_TD
         elif self.mode == "gated":

@@ -29,8 +29,18 @@ class Routing(NamedTuple):
     """Weights of the chosen experts, before `combine_weights`."""
 
 
-def route(x_TD: Tensor, weight_ED: Tensor, config: MoEConfig, *, bias_E: Tensor | None = None, noisy: bool) -> Routing:
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    config: MoEConfig,
+    *,
+    linear_bias_E: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    noisy: bool,
+) -> Routing:
     """Score all pairs of tokens and experts, and choose `top_k` experts for each token.
+
+    `linear_bias_E` is part of the logits, `bias_E` of the choice alone.
 
     `softmax-topk` weighs the chosen experts with their share of the softmax over all experts, so the weights
     sum to less than one (Switch Transformers, arXiv 2101.03961). `topk-softmax` takes the softmax over the chosen
@@ -46,7 +56,7 @@ def route(x_TD: Tensor, weight_ED: Tensor, config: MoEConfig, *, bias_E: Tensor 
         x_TD = x_TD.to(dtype)
         if noisy and config.input_jitter:
             x_TD = x_TD * (1 + config.input_jitter * (2 * torch.rand_like(x_TD) - 1))
-        logits_TE = F.linear(x_TD, weight_ED.to(dtype))
+        logits_TE = F.linear(x_TD, weight_ED.to(dtype), None if linear_bias_E is None else linear_bias_E.to(dtype))
         if config.logit_norm:
             logits_TE = _normalised(logits_TE, config.logit_norm)
         scores_TE = _scores(logits_TE, config)
@@ -156,8 +166,10 @@ def choose_tokens(scores_TE: Tensor, config: MoEConfig, *, mask_T: Tensor | None
 
 
 class Router(nn.Module):
-    """The router's one matrix, (E, D), and the selection bias if there is one."""
+    """The router's one matrix, (E, D), with the bias of its logits and the selection bias where the config has them."""
 
+    linear_bias: nn.Parameter | None
+    """(E,) in the dtype of the matrix: added to the logits, and trained; it starts at 0."""
     bias: Tensor | None
     """(E,) float32: added to the scores for the choice alone, and moved outside the gradient."""
 
@@ -167,6 +179,8 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
+        zeros_E = torch.zeros(config.num_experts, device=device, dtype=dtype)
+        self.register_parameter("linear_bias", nn.Parameter(zeros_E) if config.router_bias else None)
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32, device=device) if config.selection_bias else None
         self.register_buffer("bias", bias_E)
 
@@ -185,4 +199,4 @@ class Router(nn.Module):
         return self
 
     def forward(self, x_TD: Tensor, config: MoEConfig) -> Routing:
-        return route(x_TD, self.weight, config, bias_E=self.bias, noisy=self.training)
+        return route(x_TD, self.weight, config, linear_bias_E=self.linear_bias, bias_E=self.bias, noisy=self.training)

@@ -72,19 +72,14 @@ def grouped(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts:
     """
     if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"kernel 'grouped' has no product of {x_TD.dtype}: use kernel 'loop'")
-    activation, ends_E = activation_named(experts.activation), permutation.ends_E
+    activation, ends_E = activation_named(experts.activation, gated=experts.gated), permutation.ends_E
     # Both ways across the border of the experts' rows, what lies behind them is cut: torch's product leaves there
     # whatever the memory held.
     x_ND = _without_rest(dispatch(x_TD, permutation), permutation)
     hidden_NH = _product(x_ND, experts.first_EHD, ends_E)
     if experts.first_bias_EH is not None:
         hidden_NH = _without_rest(_with_bias(hidden_NH, experts.first_bias_EH, permutation), permutation)
-    if experts.gated:
-        gate_NF, up_NF = hidden_NH.chunk(2, dim=-1)
-        hidden_NF = activation(gate_NF) * up_NF
-    else:
-        hidden_NF = activation(hidden_NH)
-    y_ND = _product(hidden_NF, experts.down_EDF, ends_E)
+    y_ND = _product(activation(hidden_NH), experts.down_EDF, ends_E)
     if experts.down_bias_ED is not None:
         y_ND = _with_bias(y_ND, experts.down_bias_ED, permutation)
     return combine(_without_rest(y_ND, permutation), weights_TK, permutation)

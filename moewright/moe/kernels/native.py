@@ -33,7 +33,7 @@ def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     """
     if x_TD.device.type not in ("cpu", "meta"):
         raise UsageError(f"kernel 'native' runs on CPU, the tokens are on {x_TD.device}: use 'grouped' or 'triton'")
-    activation_named(experts.activation)
+    activation_named(experts.activation, gated=experts.gated)
     for parameter in (experts.first_EHD, experts.down_EDF):
         if parameter.dtype != x_TD.dtype:
             raise UsageError(f"tokens of {x_TD.dtype} and experts of {parameter.dtype}: cast one, or use autocast")

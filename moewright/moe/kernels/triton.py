@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moewright.errors import UsageError
+from moewright.moe.activations import activation_named
 from moewright.moe.dispatch import Permutation
 from moewright.moe.kernels.base import ExpertWeights
 
@@ -42,6 +43,7 @@ _ACTIVATIONS: Final = {
     "relu6": "relu6",
     "sigmoid": "sigmoid",
     "silu": "silu",
+    "swiglu_oai": "swiglu_oai",
     "swish": "silu",
     "tanh": "tanh",
 }
@@ -69,8 +71,7 @@ def triton(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     """
     if x_TD.dtype not in _DTYPES:
         raise UsageError(f"kernel 'triton' has no product of {x_TD.dtype}: use kernel 'loop'")
-    if experts.activation not in _ACTIVATIONS:
-        raise UsageError(f"kernel 'triton' has no activation {experts.activation!r}: use kernel 'grouped' or 'loop'")
+    activation_named(experts.activation, gated=experts.gated)
     tensors = (x_TD, weights_TK, *experts[:4])
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     token_N, position_TK, order_N, ends_E, partial = permutation
