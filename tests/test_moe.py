@@ -1,7 +1,10 @@
 """The layer against its definition in float64, and the properties that every option keeps."""
 
+import ast
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from moewright import moe
 from moewright.errors import UsageError
 from moewright.moe import kernels
 from moewright.moe.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from moewright.moe.balance import attach_loss, count_tokens, switch_loss, z_loss
 from moewright.moe.config import ROUTER_ORDERS, MoEConfig
-from moewright.moe.dispatch import combine, dispatch, sort_by_expert
+from moewright.moe.dispatch import combine, dispatch
+from moewright.moe.exchange import sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels import KERNELS, build, default_kernel
-from moewright.moe.kernels.base import ExpertWeights
 from moewright.moe.kernels.memory import empty
 from moewright.moe.layer import MoELayer
 from tests import reference
@@ -56,6 +61,17 @@ def expected(layer: MoELayer, x: torch.Tensor, weights: list[torch.Tensor]) -> t
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+
+
+def test_files_are_read_in_the_order_that_the_package_names():
+    folder = Path(moe.__file__).parent
+    order = re.findall(r"[a-z]+", moe.__doc__.partition("before it: ")[2])
+    assert sorted(order) == sorted(p.stem for p in folder.iterdir() if p.suffix == ".py" or p.name == "kernels")[1:]
+    for name in order:
+        for path in (folder / name).glob("*.py") if name == "kernels" else [folder / f"{name}.py"]:
+            lines = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            imported = {line.module.split(".")[2] for line in lines if line.module.startswith("moewright.moe.")}
+            assert imported - {name} <= set(order[: order.index(name)]), path
 
 
 HERE = ("grouped", "loop", "native")

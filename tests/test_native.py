@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moewright.moe.activations import ACTIVATIONS, GATED_ACTIVATIONS, activation_named
-from moewright.moe.dispatch import Permutation, sort_by_expert
+from moewright.moe.exchange import Permutation, sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels import KERNELS
-from moewright.moe.kernels.base import ExpertWeights
 
 native = KERNELS["native"]
 LOADS = (17, 1, 0, 16, 15, 33)

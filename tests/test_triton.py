@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moewright.errors import UsageError
 from moewright.moe.activations import ACTIVATIONS, GATED_ACTIVATIONS, activation_named
-from moewright.moe.dispatch import Permutation, sort_by_expert
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.exchange import Permutation, sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels.loop import loop
 from moewright.moe.kernels.triton import _ACTIVATIONS, _experts, _experts_backward, require_triton, triton
 

@@ -24,9 +24,10 @@ from moewright.moe.balance import (
 from moewright.moe.capacity import within_capacity
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
-from moewright.moe.dispatch import sort_by_expert
+from moewright.moe.exchange import Exchange, LocalExchange
 from moewright.moe.experts import Experts, SharedExpert
-from moewright.moe.router import Router, Routing, choose_tokens, combine_weights, finished
+from moewright.moe.kernels import default_kernel, kernel_named
+from moewright.moe.router import Router, Routing, choose_tokens, combine_weights, scaled_and_masked
 from moewright.moe.stats import RoutingStats
 
 
@@ -57,6 +58,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.context = RoutingContext() if context is None else context
         self.router = Router(config, device=device, dtype=dtype)
+        self.exchange: Exchange = LocalExchange(config.num_experts)
         self.experts = Experts(
             num_experts=config.num_experts,
             hidden_size=config.hidden_size,
@@ -133,26 +135,29 @@ class MoELayer(nn.Module):
             balance = self._balance_loss(routing, counts_E, length=length)
         weights_TK = self._with_losses(weights_TK, routing, counts_E, balance=balance, computed=computed)
 
-        permutation = sort_by_expert(experts_TK, num_experts=config.num_experts, kept_TK=kept_TK)
-        routed_TD: Tensor = self.experts(x_TD, weights_TK, permutation, kernel=config.kernel)
-        return routed_TD
+        return self._expert_sums(x_TD, experts_TK, weights_TK, kept_TK)
 
     def _experts_choose(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Each place that an expert has is a token of its own to the kernels: one that chose that expert."""
         config = self.config
         tokens_EC, weights_EC, kept_EC = choose_tokens(routing.scores_TE, config, mask_T=self.context.token_mask)
-        weights_EC = finished(weights_EC, config, training=self.training)
+        weights_EC = scaled_and_masked(weights_EC, config, training=self.training)
         counts_E = kept_EC.sum(dim=1)
         even = routing.probabilities_TE.new_ones(())  # the Switch loss of an even load
         weights_EC = self._with_losses(weights_EC, routing, counts_E, balance=even, computed=None)
 
         experts_EC = torch.arange(config.num_experts, device=x_TD.device)[:, None].expand_as(tokens_EC)
-        permutation = sort_by_expert(
-            experts_EC.reshape(-1, 1), num_experts=config.num_experts, kept_TK=kept_EC.reshape(-1, 1)
-        )
         tokens_N = tokens_EC.flatten()
-        routed_ND = self.experts(x_TD[tokens_N], weights_EC.reshape(-1, 1), permutation, kernel=config.kernel)
+        as_choices = (per_place_EC.reshape(-1, 1) for per_place_EC in (experts_EC, weights_EC, kept_EC))
+        routed_ND = self._expert_sums(x_TD[tokens_N], *as_choices)
         return torch.zeros_like(x_TD, dtype=weights_EC.dtype).index_add(0, tokens_N, routed_ND.to(weights_EC.dtype))
+
+    def _expert_sums(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+        """Each token's weighted sum over its experts, wherever they are: (T, D)."""
+        rows_RD, weights_RL, permutation, ticket = self.exchange.send(x_TD, experts_TK, weights_TK, kept_TK)
+        name = self.config.kernel
+        kernel = kernel_named(default_kernel(x_TD.device) if name == "auto" else name)
+        return self.exchange.receive(ticket, self.experts(rows_RD, weights_RL, permutation, kernel=kernel))
 
     def _balance_loss(self, routing: Routing, counts_E: Tensor, *, length: int) -> Tensor:
         scope, mask_T = self.config.balance_scope, self.context.token_mask

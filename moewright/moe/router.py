@@ -122,10 +122,10 @@ def combine_weights(weights_TK: Tensor, kept_TK: Tensor | None, config: MoEConfi
         weights_TK = torch.where(kept_TK, weights_TK, 0)
     if config.renormalize:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
-    return finished(weights_TK, config, training=training)
+    return scaled_and_masked(weights_TK, config, training=training)
 
 
-def finished(weights: Tensor, config: MoEConfig, *, training: bool) -> Tensor:
+def scaled_and_masked(weights: Tensor, config: MoEConfig, *, training: bool) -> Tensor:
     """Scaled with `routed_scale`, and masked as NLLB does (arXiv 2207.04672, expert output masking)."""
     if config.routed_scale != 1:
         weights = weights * config.routed_scale
@@ -140,7 +140,7 @@ class ExpertChoice(NamedTuple):
     tokens_EC: Tensor
     """int64, best first."""
     weights_EC: Tensor
-    """Combine weights, before `finished`; 0 where not kept."""
+    """Combine weights, before `scaled_and_masked`; 0 where not kept."""
     kept_EC: Tensor
     """bool: False for places that stay empty, since padding takes none."""
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moewright.errors import UsageError
-from moewright.moe.dispatch import Permutation, sort_by_expert
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.exchange import Permutation, sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels.loop import loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

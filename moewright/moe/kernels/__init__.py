@@ -7,8 +7,8 @@ from typing import Final
 import torch
 
 from moewright.errors import UsageError
+from moewright.moe.experts import Kernel
 from moewright.moe.kernels import build
-from moewright.moe.kernels.base import Kernel
 from moewright.moe.kernels.grouped import grouped
 from moewright.moe.kernels.loop import loop
 from moewright.moe.kernels.native import native

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from moewright.errors import UsageError
 from moewright.moe.activations import activation_named
-from moewright.moe.dispatch import Permutation, combine, dispatch
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.dispatch import combine, dispatch
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 
 
 @torch.library.custom_op("moewright::grouped_rows", mutates_args=())
@@ -65,7 +66,7 @@ _grouped_rows.register_autograd(_rows_backward, setup_context=_save)
 
 
 def grouped(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
-    """float32, bfloat16 and float16; whole-graph under `torch.compile`. See `moewright.moe.kernels.base.Kernel`.
+    """float32, bfloat16 and float16; whole-graph under `torch.compile`. See `moewright.moe.experts.Kernel`.
 
     Keeps for backward the permuted copies of the tokens, and each assignment's hidden states and output.
     Raises `UsageError` for float64.

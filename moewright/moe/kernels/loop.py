@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moewright.moe.activations import activation_named
-from moewright.moe.dispatch import Permutation
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 
 
 def loop(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
-    """Any floating dtype, any device; reads `ends_E` on the host. See `moewright.moe.kernels.base.Kernel`."""
+    """Any floating dtype, any device; reads `ends_E` on the host. See `moewright.moe.experts.Kernel`."""
     activation = activation_named(experts.activation, gated=experts.gated)
     weight_N = weights_TK.flatten()[permutation.order_N]
     output_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)

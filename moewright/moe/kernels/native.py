@@ -18,14 +18,14 @@ from torch import Tensor
 
 from moewright.errors import UsageError
 from moewright.moe.activations import activation_named
-from moewright.moe.dispatch import Permutation
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels import build
-from moewright.moe.kernels.base import ExpertWeights
 from moewright.moe.kernels.memory import empty
 
 
 def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
-    """Any floating dtype, on CPU; whole-graph under `torch.compile`. See `moewright.moe.kernels.base.Kernel`.
+    """Any floating dtype, on CPU; whole-graph under `torch.compile`. See `moewright.moe.experts.Kernel`.
 
     A processor without instructions for bfloat16 or float16 products computes them in float32. The sum of a token
     is taken in the order of its choices. There are no second derivatives. Raises `UsageError` on another device,

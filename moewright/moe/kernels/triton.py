@@ -20,8 +20,8 @@ from torch import Tensor
 
 from moewright.errors import UsageError
 from moewright.moe.activations import activation_named
-from moewright.moe.dispatch import Permutation
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 
 _ACTIVATIONS: Final = {
     "gelu": "gelu",
@@ -65,7 +65,7 @@ def require_triton() -> None:
 def triton(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
     """float32 (products in IEEE precision, never TF32), bfloat16 and float16, summed in float32.
 
-    See `moewright.moe.kernels.base.Kernel`. Whole-graph under `torch.compile`; no second derivatives. Needs a GPU, or
+    See `moewright.moe.experts.Kernel`. Whole-graph under `torch.compile`; no second derivatives. Needs a GPU, or
     Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported), which is slow. Raises `UsageError` without
     either, for other dtypes, and for an activation it does not know.
     """
