@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
+from moewright.moe.step import RoutingStep
 from tests import reference
 
 D, F, E, K = 8, 3, 6, 2
@@ -112,6 +113,11 @@ def layer_of(changes: Changes, *, dtype: torch.dtype = torch.float64, seed: int 
         if layer.config.shared_mode != "added":
             layer.shared.gate.weight.normal_(std=0.5)
     return layer
+
+
+def step_of(*layers: MoELayer, **more: Any) -> RoutingStep:
+    """The protocol of a step for layers of one stack, the first one's."""
+    return RoutingStep({"decoder": (layers[0].context, layers)}, **more)
 
 
 def probe(layer: MoELayer) -> MoELayer:

@@ -466,7 +466,8 @@ def test_casts_and_the_meta_device_keep_what_moves_outside_the_gradient():
     assert layer.balance_coefficient.item() == pytest.approx(0.250001)
     empty_layer = MoELayer(layer.config, device="meta").to_empty(device="cpu")
     assert empty_layer.balance_coefficient.item() == 0.25
-    assert empty_layer.step_counts.tolist() == [0] * (E + 1)
+    assert empty_layer.previous_counts.tolist() == [0] * E
+    assert empty_layer.stats.step_counts.tolist() == [0] * (E + 1)
 
 
 def test_native_kernel_computes_only_gradients_that_are_asked_for():

@@ -22,6 +22,7 @@ from tests.options import (
     combine_weights,
     layer_of,
     run,
+    step_of,
     wanted,
 )
 
@@ -142,8 +143,10 @@ def test_hardly_any_token_leaves_everything_finite(name, shape, kernel):
         if not layer.config.shared_size:
             assert not any(p.grad.any() for p in layer.parameters())
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in layer.parameters())
-    layer.after_backward()
-    layer.after_step()
+    step = step_of(layer)
+    step.begin_micro_batch({"decoder": 1.0})
+    step.after_backward()
+    step.end_step()
     assert torch.isfinite(layer.balance_coefficient)
 
 

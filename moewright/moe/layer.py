@@ -9,14 +9,11 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce
 
 from moewright.errors import UsageError
 from moewright.moe.balance import (
     attach_loss,
     count_tokens,
-    moved_bias,
-    moved_coefficient,
     sequence_switch_loss,
     switch_loss,
     z_loss,
@@ -27,6 +24,7 @@ from moewright.moe.context import RoutingContext
 from moewright.moe.exchange import Exchange, LocalExchange
 from moewright.moe.experts import Experts, SharedExpert
 from moewright.moe.kernels import default_kernel, kernel_named
+from moewright.moe.precision import keep_dtypes
 from moewright.moe.router import Router, Routing, choose_tokens, combine_weights, scaled_and_masked
 from moewright.moe.stats import RoutingStats
 
@@ -38,14 +36,13 @@ class MoELayer(nn.Module):
     a statistic. In training mode the auxiliary losses are attached to the combine weights, so every backward
     pass from the output goes through them, multiplied by `context.loss_scale`.
 
-    A training loop calls `after_backward` for each micro-batch and `after_step` for each step; what moves
-    outside the gradient (selection bias, adaptive coefficient) moves there.
+    What moves outside the gradient (selection bias, adaptive coefficient) is moved by `RoutingStep`.
     """
 
     balance_coefficient: Tensor
     """0-dim float32: what the balance loss is multiplied with, in place of `balance_loss`, if there is adaptation."""
-    step_counts: Tensor
-    """(E + 1,) int64, of this step's micro-batches so far: assignments to each expert, and dropped ones last."""
+    previous_counts: Tensor
+    """(E,) float32, assignments to each expert in the step before, over all ranks: for the global balance loss."""
 
     def __init__(
         self,
@@ -82,25 +79,26 @@ class MoELayer(nn.Module):
                 dtype=dtype,
             )
         self.stats = RoutingStats(config.num_experts, device=device)
-        counts = torch.zeros(config.num_experts + 1, dtype=torch.int64, device=device)
-        self.register_buffer("step_counts", counts, persistent=False)
         self.configure(config)
 
     def configure(self, config: MoEConfig) -> None:
         """Go on under another config, which asks for the same parameters."""
         self.config = config
-        coefficient = torch.full((), config.balance_loss, dtype=torch.float32, device=self.step_counts.device)
+        device = self.stats.step_counts.device
+        coefficient = torch.full((), config.balance_loss, dtype=torch.float32, device=device)
         self.register_buffer("balance_coefficient", coefficient, persistent=config.balance_adaptation > 0)
+        counts_E = torch.zeros(config.num_experts, dtype=torch.float32, device=device)
+        self.register_buffer("previous_counts", counts_E, persistent=config.balance_scope == "global")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts; the coefficient stays float32, and both are set anew when they leave the meta device."""
-        coefficient, from_meta = self.balance_coefficient, self.step_counts.is_meta
+        """Moves and casts; what moves outside the gradient stays float32, and begins anew after the meta device."""
+        before = {"balance_coefficient": self.balance_coefficient, "previous_counts": self.previous_counts}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if from_meta and not self.step_counts.is_meta:
-            self.step_counts.zero_()
-            self.balance_coefficient = torch.full_like(self.balance_coefficient, self.config.balance_loss).float()
-        elif self.balance_coefficient.dtype != coefficient.dtype:
-            self.balance_coefficient = coefficient.to(self.balance_coefficient.device)
+        if before["previous_counts"].is_meta and not self.previous_counts.is_meta:
+            self.stats.begin_step()
+            self.configure(self.config)
+        else:
+            keep_dtypes(self, before)
         return self
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -164,9 +162,9 @@ class MoELayer(nn.Module):
         if scope == "sequence":
             return sequence_switch_loss(routing.probabilities_TE, routing.experts_TK, length=length, mask_T=mask_T)
         if scope == "global" and self._attaches_losses():
-            # Micro-batches that are still to come cannot be counted yet (arXiv 2501.11873 does the same). Not in
-            # evaluation: one rank may do that alone, and the step's counts are none of its business.
-            counts_E = self._over_ranks(counts_E + self.step_counts[:-1])
+            # What other ranks count in this step is known at its end only, and micro-batches still to come are not
+            # counted yet: the step before stands for them.
+            counts_E = counts_E + self.stats.step_counts[:-1] + self.previous_counts
         return switch_loss(routing.probabilities_TE, counts_E, mask_T)
 
     def _attaches_losses(self) -> bool:
@@ -194,32 +192,3 @@ class MoELayer(nn.Module):
         coefficient = self.balance_coefficient.to(balance) if config.balance_adaptation else config.balance_loss
         auxiliary = coefficient * balance + config.z_loss * z
         return attach_loss(weights, auxiliary * self.context.loss_scale.to(auxiliary))
-
-    @torch.no_grad()
-    def after_backward(self) -> None:
-        """Count the last forward pass for the step."""
-        self.step_counts += torch.cat([self.stats.tokens_per_expert, self.stats.dropped[None]])
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Move the selection bias and the adaptive coefficient by what the step counted, and count from 0 again."""
-        config = self.config
-        if config.bias_update_rate or config.balance_adaptation:
-            counts = self._over_ranks(self.step_counts)
-            if config.bias_update_rate:
-                assert self.router.bias is not None, "MoEConfig asks for a bias where it is moved"
-                self.router.bias.copy_(moved_bias(self.router.bias, counts[:-1], rate=config.bias_update_rate))
-            if config.balance_adaptation:
-                share = counts[-1] / counts[:-1].sum().clamp(min=1)
-                rate, most = config.balance_adaptation, config.max_balance_loss
-                moved = moved_coefficient(self.balance_coefficient, share, rate=rate, most=most)
-                self.balance_coefficient.copy_(moved)
-        self.step_counts.zero_()
-
-    def _over_ranks(self, counts: Tensor) -> Tensor:
-        """The sum over the ranks of `context.group`."""
-        if self.context.group is None:
-            return counts
-        counts = counts.clone()
-        all_reduce(counts, group=self.context.group)
-        return counts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moewright.moe.config import MoEConfig
-from moewright.moe.precision import no_autocast
+from moewright.moe.precision import keep_dtypes, no_autocast
 
 
 class Routing(NamedTuple):
@@ -192,10 +192,9 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts; the bias stays float32, since one step moves it by less than bfloat16 can tell."""
-        bias_E = self.bias
+        before = {"bias": self.bias}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if bias_E is not None and self.bias is not None and self.bias.dtype != bias_E.dtype:
-            self.bias = bias_E.to(self.bias.device)
+        keep_dtypes(self, before)
         return self
 
     def forward(self, x_TD: Tensor, config: MoEConfig) -> Routing:
