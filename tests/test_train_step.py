@@ -1,6 +1,7 @@
 """One step: its loss and gradients do not depend on how the batch is divided."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import configure
+from moewright.backbone.blocks import configure, moe_layers, routing_step
 from moewright.backbone.graft import graft
 from moewright.data.pack import IGNORE, Batch, PackedRows
 from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer
 from moewright.train.config import TrainConfig
 from moewright.train.loop import held_out_loss, train_step
-from moewright.train.objective import CausalLanguageModel
+from moewright.train.objective import CausalLanguageModel, Objective
 from moewright.train.start import recompute_blocks
 from tests.models import tiny_model
 
@@ -75,10 +76,29 @@ def uneven_batch() -> Batch:
     return batch
 
 
-def step_of(model: PreTrainedModel, batch: Batch, *, micro: int) -> Step:
-    settings = TrainConfig(steps=1, batch_size=len(batch), micro_batch_size=micro, dtype="float32", clip_norm=0.0)
+def step_with(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    *,
+    settings: TrainConfig,
+    objective: Objective[Any] = OBJECTIVE,
+) -> dict[str, Any]:
+    return train_step(
+        model,
+        batch,
+        objective=objective,
+        routing=routing_step(model),
+        optimizer=optimizer,
+        step=1,
+        settings=settings,
+    )
+
+
+def step_of(model: PreTrainedModel, batch: Any, *, micro: int, objective: Objective[Any] = OBJECTIVE) -> Step:
+    settings = TrainConfig(steps=1, batch_size=10, micro_batch_size=micro, dtype="float32", clip_norm=0.0)
     recorder = Recorder(model)
-    return train_step(model, recorder, OBJECTIVE, batch, step=1, settings=settings), recorder.gradients
+    return step_with(model, recorder, batch, settings=settings, objective=objective), recorder.gradients
 
 
 ADDITIVE = ("loss", "grad_norm", "z_loss", "router_entropy")
@@ -134,6 +154,65 @@ def test_equal_micro_batches_have_the_balance_gradient_of_their_whole(checkpoint
     assert_same(whole, parts)
 
 
+class Pair(NamedTuple):
+    """B sources of S tokens and B targets of T tokens, where a stack reads some of them."""
+
+    source_BS: Tensor
+    source_mask_BS: Tensor
+    target_BT: Tensor
+    target_mask_BT: Tensor
+
+
+class Copying:
+    """An objective whose two stacks read different numbers of tokens: say the target, given the source."""
+
+    def micro_batches(self, batch: Pair, size: int) -> Iterator[Pair]:
+        return (Pair(*parts) for parts in zip(*(tensor.split(size) for tensor in batch), strict=True))
+
+    def targets(self, batch: Pair) -> int:
+        return int(batch.target_mask_BT.sum())
+
+    def tokens(self, batch: Pair) -> dict[str, int]:
+        return {"encoder": int(batch.source_mask_BS.sum()), "decoder": int(batch.target_mask_BT.sum())}
+
+    def loss(self, model: PreTrainedModel, batch: Pair) -> Tensor:
+        logits_BTV = model(
+            input_ids=batch.source_BS,
+            attention_mask=batch.source_mask_BS,
+            decoder_input_ids=batch.target_BT,
+            decoder_attention_mask=batch.target_mask_BT,
+            use_cache=False,
+        ).logits
+        return functional.cross_entropy(
+            logits_BTV[batch.target_mask_BT], batch.target_BT[batch.target_mask_BT], reduction="sum"
+        )
+
+
+def test_each_stack_has_its_own_share_of_the_real_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.tensor([9, 1, 2, 2]), torch.tensor([1, 6, 2, 7]))  # a micro-batch of much source has little target
+    tensors: list[Tensor] = []
+    for lengths_B in lengths:
+        size = (4, int(lengths_B.max()))
+        tensors += [torch.randint(3, 250, size, generator=generator), torch.arange(size[1]) < lengths_B[:, None]]
+    results = []
+    for micro in (4, 1):
+        model = tiny_model("t5", dropout_rate=0.0)
+        config = MoEConfig(
+            hidden_size=32, expert_size=16, num_experts=4, top_k=2, gated=False, activation="relu", z_loss=0.1
+        )
+        graft(model, dict.fromkeys(range(4), config))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for moe in moe_layers(model).values():
+                for parameter in moe.parameters():
+                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+        results.append(step_of(model.train(), Pair(*tensors), micro=micro, objective=Copying()))
+    assert results[0][0]["step_tokens"] == 14 + 16
+    assert results[0][0]["step_targets"] == 16
+    assert_same(*results, metrics=ADDITIVE)
+
+
 def test_padding_changes_no_gradient() -> None:
     rows = rows_of((12, 9), 16)
     batch = rows.batch([1])  # 5 real tokens
@@ -172,7 +251,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
         model = sparse_model(balance_loss=0.0, z_loss=0.0)
         recorder = Recorder(model)
         settings = TrainConfig(steps=1, batch_size=10, dtype="float32", clip_norm=clip)
-        results.append((train_step(model, recorder, OBJECTIVE, batch, step=1, settings=settings), recorder.gradients))
+        results.append((step_with(model, recorder, batch, settings=settings), recorder.gradients))
     (free, gradients), (clipped, scaled) = results
     assert free["grad_norm"] == clipped["grad_norm"] > 0.1
     squares = sum(float(gradient.double().square().sum()) for gradient in scaled.values())
@@ -199,7 +278,7 @@ def test_routers_have_a_rate_of_their_own() -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.95), router_ratio=0.01)
     settings = TrainConfig(steps=4, batch_size=10, learning_rate=1e-3, dtype="float32")
-    train_step(model, optimizer, OBJECTIVE, uneven_batch(), step=1, settings=settings)
+    step_with(model, optimizer, uneven_batch(), settings=settings)
     # AdamW's first step moves a coordinate by the learning rate, or less where its gradient is near epsilon.
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).abs().max().item()
@@ -216,7 +295,7 @@ def test_adamw_is_the_formula() -> None:
         lambda *_: gradients.update({n: p.grad.double().clone() for n, p in model.named_parameters()})
     )
     settings = TrainConfig(steps=4, batch_size=10, warmup_steps=2, learning_rate=2e-3, dtype="float32")
-    train_step(model, optimizer, OBJECTIVE, uneven_batch(), step=1, settings=settings)
+    step_with(model, optimizer, uneven_batch(), settings=settings)
     for name, parameter in model.named_parameters():
         # The first step: both moments are unbiased estimates, g and g^2, so the update is the sign of g.
         decay = 1 - 1e-3 * (0.1 if parameter.dim() > 1 else 0.0)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from moewright.errors import UsageError
@@ -17,6 +18,7 @@ from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer
+from moewright.moe.step import RoutingStep
 
 HOOKS: Final = "_moewright_hooks"
 """Where a model with MoELayers keeps the handles of its hooks."""
@@ -112,6 +114,16 @@ def moe_configs(model: PreTrainedModel) -> dict[int, MoEConfig]:
 def routing_contexts(model: PreTrainedModel) -> tuple[RoutingContext, ...]:
     """The records that the MoELayers share, one for each stack that has such layers: none for a dense model."""
     return tuple(_contexts(model).values())
+
+
+def routing_step(model: PreTrainedModel, group: ProcessGroup | None = None) -> RoutingStep:
+    """The protocol of a training step for all MoELayers of a model; without any it does nothing."""
+    places, layers = family_of(model.config).places(model.config), moe_layers(model)
+    stacks = {
+        name: (context, [moe for layer, moe in layers.items() if places[layer].stack.name == name])
+        for name, context in _contexts(model).items()
+    }
+    return RoutingStep(stacks, group=group)
 
 
 def configure(model: PreTrainedModel, **settings: Any) -> None:

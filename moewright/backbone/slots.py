@@ -38,11 +38,12 @@ PARTS: Final = {
     "shared.gate.weight": ("shared_switch",),
     "shared.gate.bias": ("shared_switch_bias",),
     "balance_coefficient": (),
+    "previous_counts": (),
 }
 """The parameters and buffers that a MoELayer may have, and of which parts their rows consist (experts': each expert's
 rows). A part is what a dense model, too, would have as one tensor; the switch is what gates the shared expert."""
 
-FLOAT32: Final = ("router.bias", "balance_coefficient")
+FLOAT32: Final = ("router.bias", "balance_coefficient", "previous_counts")
 """Those that are float32 whatever the model's dtype, in memory and on disk."""
 
 Index = tuple[int | slice, ...]

@@ -17,6 +17,7 @@ from moewright.distil.teacher import Block, Teacher
 from moewright.errors import CheckpointError, UsageError
 from moewright.moe.config import MoEConfig, MoESettings
 from moewright.moe.layer import MoELayer
+from moewright.moe.step import RoutingStep
 from moewright.optim.adamw import make_optimizer
 from moewright.optim.schedule import learning_rate
 
@@ -68,6 +69,7 @@ def train_layers(
         layer: make_optimizer(moe, weight_decay=0.0, betas=BETAS, router_ratio=settings.router_learning_rate_ratio)
         for layer, moe in layers.items()
     }
+    routing = {layer: RoutingStep({"block": (moe.context, [moe])}) for layer, moe in layers.items()}
     for step in range(1, settings.steps + 1):
         batch = rows.batch_of_step(step, settings).to(teacher.model.device)
         blocks = teacher.blocks(batch, layers, dtype=settings.dtype)
@@ -82,15 +84,16 @@ def train_layers(
         )
         for layer, moe in layers.items():
             moe.train()
+            routing[layer].begin_micro_batch({"block": 1.0})
             loss = layer_loss(moe, blocks.pop(layer), batch.token_mask, variance=variances[layer], dtype=settings.dtype)
             if not math.isfinite(loss.item()):
                 raise CheckpointError(
                     f"layer {layer}: the loss is {loss.item()} at step {step}; lower the learning rate"
                 )
             loss.backward()
-            moe.after_backward()
+            routing[layer].after_backward()
             for group in optimizers[layer].param_groups:
                 group["lr"] = rate * group["ratio"]
             optimizers[layer].step()
             optimizers[layer].zero_grad(set_to_none=True)
-            moe.after_step()
+            routing[layer].end_step()

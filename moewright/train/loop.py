@@ -15,12 +15,13 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import moe_layers, routing_contexts
+from moewright.backbone.blocks import moe_layers, routing_step
 from moewright.backbone.save import save_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
 from moewright.data.pack import rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
+from moewright.moe.step import RoutingStep
 from moewright.optim.adamw import make_optimizer
 from moewright.report.progress import Progress
 from moewright.train import resume
@@ -38,10 +39,10 @@ from moewright.train.folder import (
 from moewright.train.metrics import (
     Board,
     JsonLines,
-    RoutingTally,
     peak_memory,
     read_json_lines,
     require_tensorboard,
+    routing_metrics,
     throughput,
 )
 from moewright.train.objective import BatchT, Objective, Rows
@@ -102,10 +103,11 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
 
 def train_step(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    objective: Objective[BatchT],
     batch: BatchT,
     *,
+    objective: Objective[BatchT],
+    routing: RoutingStep,
+    optimizer: torch.optim.Optimizer,
     step: int,
     settings: TrainConfig,
 ) -> dict[str, Any]:
@@ -113,23 +115,17 @@ def train_step(
 
     The loss is the mean over all targets of the batch, however it is divided: each micro-batch adds its
     sum, over the step's number of targets. The layers' own losses are means over real tokens, so they
-    are scaled with the micro-batch's share of the step's real tokens.
+    are scaled with the micro-batch's share of the real tokens that the layer's stack reads in the step.
 
     Raises CheckpointError when the loss or the gradient is not finite; the parameters are then unchanged.
     """
-    contexts, layers = routing_contexts(model), moe_layers(model)
-    tally = RoutingTally(layers)
-    targets, real = objective.targets(batch), sum(objective.tokens(batch).values())
+    targets, tokens = objective.targets(batch), objective.tokens(batch)
     loss = torch.zeros((), device=model.device)
     for micro_batch in objective.micro_batches(batch, settings.micro_batch_size):
-        share = sum(objective.tokens(micro_batch).values()) / real
-        for context in contexts:
-            context.loss_scale = torch.tensor(share, device=model.device)
+        routing.begin_micro_batch({name: count / tokens[name] for name, count in objective.tokens(micro_batch).items()})
         micro_loss = objective.loss(model, micro_batch) / targets
-        tally.add(share)
         micro_loss.backward()
-        for layer in layers.values():
-            layer.after_backward()
+        routing.after_backward()
         loss += micro_loss.detach()
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
@@ -141,9 +137,8 @@ def train_step(
         group["lr"] = rate * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for layer in layers.values():
-        layer.after_step()
-    return record | {"lr": rate, "step_tokens": real, "step_targets": targets} | tally.record()
+    record |= {"lr": rate, "step_tokens": sum(tokens.values()), "step_targets": targets}
+    return record | routing_metrics(moe_layers(model), routing.end_step())
 
 
 @torch.no_grad()
@@ -188,6 +183,7 @@ class _Run:
             betas=betas,
             router_ratio=self.settings.router_learning_rate_ratio,
         )
+        self.routing = routing_step(self.model)
         self.identity = resume.identity(config, content=started.content)
         self.saved: int | None = None  # the step of the newest checkpoint
         self.position = self._newest_position()
@@ -237,9 +233,10 @@ class _Run:
         rows = rows_at(position.step * count, count=count, total=len(self.started.rows), seed=self.settings.seed)
         record = train_step(
             self.model,
-            self.optimizer,
-            self.started.objective,
             self.started.rows.batch(rows),
+            objective=self.started.objective,
+            routing=self.routing,
+            optimizer=self.optimizer,
             step=position.step + 1,
             settings=self.settings,
         )
