@@ -13,8 +13,8 @@ PACKAGE = ROOT / "moewright"
 
 # A room imports only from rooms that stand before it.
 ROOMS = [
-    *("errors", "report", "moe", "checkpoint", "family", "backbone", "auto", "data", "evaluate", "export", "grow"),
-    *("upcycle", "surgery", "parallel", "optim", "distil", "train", "plan", "lens", "demo", "options", "cli"),
+    *("errors", "report", "moe", "checkpoint", "family", "backbone", "auto", "data", "evaluate", "export", "convert"),
+    *("grow", "upcycle", "surgery", "parallel", "optim", "distil", "train", "plan", "lens", "demo", "options", "cli"),
     "__main__",
 ]
 
