@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moewright.backbone.blocks import configure, moe_layers
 from moewright.backbone.device import device_of
 from moewright.backbone.formats.base import Format
-from moewright.backbone.load import FolderSource, MadeSource, fill, open_skeleton
+from moewright.backbone.load import FolderSource, fill, open_skeleton
 from moewright.backbone.skeleton import embedding_of
 from moewright.backbone.slots import TensorSource
 from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
+from moewright.convert.make import record_of
 from moewright.data.config import DataConfig
 from moewright.data.documents import read_documents
 from moewright.data.pack import PackedRows, pack, shuffled
@@ -29,9 +30,8 @@ from moewright.errors import UsageError, settings_written
 from moewright.moe.kernels import kernel_named
 from moewright.train.config import RunConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
-from moewright.upcycle.apply import file_digests, provenance
+from moewright.upcycle.apply import file_digests, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.plan import UpcyclePlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +111,9 @@ def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, 
     else:
         names = [field.name for field in fields(config.upcycle)]
         with settings_written(names, write=lambda name: f"upcycle.{name} = "):
-            plan = UpcyclePlan(source, config.upcycle, dtype=torch.float32)
-        model, written_as, tensors, record = plan.model, plan.form, MadeSource(plan.tensor), provenance(plan, [])
+            upcycling = upcycling_of(config.model, config.upcycle, dtype=torch.float32)
+        model, written_as, tensors = upcycling.model, upcycling.format, upcycling.tensors
+        record = record_of(upcycling, [])
     if model.config.is_encoder_decoder:
         raise UsageError(
             f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
