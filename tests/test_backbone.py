@@ -11,11 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.formats import choose_format, read_sparse, refusals, sparse_fields
-from moewright.backbone.graft import configure, graft, moe_layers, routing_contexts, ungraft
+from moewright.backbone.blocks import configure, moe_layers, routing_contexts
+from moewright.backbone.formats import read_sparse, sparse_fields
+from moewright.backbone.formats.choose import choose_format, refusals
+from moewright.backbone.graft import graft, ungraft
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.errors import ModelError, MoewrightError, UsageError
-from moewright.family.table import backbone_config
+from moewright.family.config import backbone_config
 from moewright.moe.config import MoEConfig
 from tests.models import logits_of, relative, tiny_config, tiny_model, write_dense
 

@@ -531,7 +531,7 @@ def test_case_24_logits_that_differ(
     text.write_text("some text, long enough\n" * 20)
     if overwrite:
         upcycle_small(source, moe)
-    monkeypatch.setattr("moewright.upcycle.plan.factors", lambda *_, **__: Factors(up=1.01))
+    monkeypatch.setattr("moewright.upcycle.tensors.factors", lambda *_, **__: Factors(up=1.01))
     shell.refuses(
         "upcycle",
         source,

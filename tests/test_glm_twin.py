@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.formats import choose_format
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.formats.choose import choose_format
 from moewright.backbone.inspect import inspect_folder
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.cli import main
 from moewright.errors import ModelError
 from moewright.export import folder as export

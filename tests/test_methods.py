@@ -23,6 +23,7 @@ from moewright.upcycle.routers import normal_rows, repeated
 from moewright.upcycle.scale import balanced
 from moewright.upcycle.seeds import generator
 from tests import reference
+from tests.upcycling import complete
 
 D, T = 6, 7
 # (activation, gated)
@@ -211,7 +212,7 @@ def test_carved_shared_expert_is_unscaled_and_holds_the_bias(kind, mode, bias, o
     importance = None if mode == "added" else torch.rand(width, generator=torch.Generator().manual_seed(0))
     shared_S, left_R = neurons.carve(width, size=8, importance_W=importance)
     table = neurons.virtual_groups(left_R[neurons.contiguous(12, parts=G)], experts=E)
-    assert neurons.complete(table, granularity=G, width=width, shared_S=shared_S)
+    assert complete(table, granularity=G, width=width, shared_S=shared_S)
     sums = torch.ones(T, dtype=torch.float64)
     if order == "softmax-topk":
         sums = torch.stack([reference.softmax(router @ token).sort(descending=True).values[:K].sum() for token in x])

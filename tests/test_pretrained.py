@@ -22,8 +22,10 @@ from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import hub
 
 from moewright.backbone import graft as grafting
-from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.graft import graft, moe_layers, ungraft
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.graft import graft, ungraft
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.backbone.skeleton import has_tied_head
 from moewright.errors import ModelError, UsageError
 from tests.models import FAMILIES, logits_of, plain_transformers, relative, tiny_model, write_dense

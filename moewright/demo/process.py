@@ -16,7 +16,7 @@ KEEP: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), 
 
 
 @dataclass(frozen=True)
-class Finished:
+class Outcome:
     """What a process printed, and what it took."""
 
     facts: dict[str, Any]
@@ -26,12 +26,12 @@ class Finished:
     """Its largest resident set."""
 
 
-def run_verb(*arguments: str) -> Finished:
+def run_verb(*arguments: str) -> Outcome:
     """Run `moewright ARGUMENTS --json`; its progress and messages go to our standard error."""
     return run_python(["-m", "moewright", *arguments, "--json"], what=f"moewright {arguments[0]}")
 
 
-def run_python(arguments: Sequence[str], *, what: str) -> Finished:
+def run_python(arguments: Sequence[str], *, what: str) -> Outcome:
     """Run this Python with `arguments`, and read the JSON object that it prints.
 
     Raises `MoewrightError` if it fails; what it said has then been shown.
@@ -51,4 +51,4 @@ def run_python(arguments: Sequence[str], *, what: str) -> Finished:
     if process.returncode:
         raise MoewrightError(f"{what} ended with code {process.returncode}; its message is above")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(json.loads(output), time.perf_counter() - start, usage.ru_maxrss * unit)
+    return Outcome(json.loads(output), time.perf_counter() - start, usage.ru_maxrss * unit)

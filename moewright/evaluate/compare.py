@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers, moe_path
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import load_model
 from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError, ModelError
+from moewright.evaluate.blocks import blocks_of, downs_of, rows_seen
 from moewright.family.table import family_of
 from moewright.moe.router import Routing
 
@@ -173,27 +173,16 @@ def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
 
 
 def _blocks(model: PreTrainedModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of a dense model's blocks, (T, D) each, by layer; a block ends with its down projection."""
-    family = family_of(model.config)
-    places, down = family.places(model.config), family.form_of(model.config).down
+    """Inputs and outputs of a dense model's blocks, (T, D) each, by layer."""
+    layers = range(len(family_of(model.config).places(model.config)))
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
-
-    def read(module: nn.Module, args: tuple[Any, ...], *, layer: int) -> None:
-        inputs[layer] = args[0].reshape(-1, args[0].shape[-1])
-
-    def said(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, layer: int) -> None:
-        outputs[layer] = output.reshape(-1, output.shape[-1])
-
-    handles: list[Any] = []
-    for layer, place in enumerate(places):
-        start, end = model.get_submodule(moe_path(place)), model.get_submodule(place.path(down))
-        handles.append(start.register_forward_pre_hook(partial(read, layer=layer)))
-        handles.append(end.register_forward_hook(partial(said, layer=layer)))
-    _logits(model, ids)
-    for handle in handles:
-        handle.remove()
-    return {layer: (inputs[layer], outputs[layer]) for layer in inputs}
+    with (
+        rows_seen(blocks_of(model, layers), lambda layer, x_TD, _: inputs.update({layer: x_TD})),
+        rows_seen(downs_of(model, layers), lambda layer, _, y_TD: outputs.update({layer: y_TD})),
+    ):
+        _logits(model, ids)
+    return {layer: (inputs[layer], outputs[layer]) for layer in layers}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moewright.backbone.folder import load_model
+from moewright.backbone.load import load_model
 from moewright.data.tokenizer import tokenise
 from moewright.errors import DataError, UsageError
 

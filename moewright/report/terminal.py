@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moewright.report.numbers import format_value
+from moewright.report.text import format_value
 
 
 def layout(values: Mapping[str, Any]) -> RenderableType:

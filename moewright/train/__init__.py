@@ -1,1 +1,1 @@
-"""Training: config, schedule, optim, metrics, console, start, resume, loop."""
+"""Training: config, schedule, optim, metrics, start, resume, loop."""

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moewright.backbone.folder import empty_model_of
-from moewright.backbone.formats import is_sparse
+from moewright.backbone.formats.choose import is_sparse
+from moewright.backbone.load import open_skeleton
 from moewright.backbone.skeleton import has_tied_head
+from moewright.backbone.slots import Slices
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError
-from moewright.family.table import Family, family_of
+from moewright.family.row import Family
+from moewright.family.table import family_of
 from moewright.upcycle.siblings import average, check_siblings, sibling_of
 
 
@@ -39,12 +41,12 @@ class DenseSource:
         """The narrowest dtype that holds what all of them store."""
         return reduce(torch.promote_types, (folder.dtype() for folder in self.folders))
 
-    def tensor(self, parameter: str, *, dtype: torch.dtype) -> Tensor:
-        """A parameter of the model, rounded once."""
+    def tensor(self, parameter: str, *, dtype: torch.dtype, index: Slices | None = None) -> Tensor:
+        """A parameter of the model, or the part `index` of it, rounded once."""
         name = self.family.on_disk(parameter)
         if len(self.folders) == 1:
-            return self.folders[0].read(name).to(dtype)
-        return average((folder.read(name) for folder in self.folders), name=name, dtype=dtype)
+            return self.folders[0].read(name, index).to(dtype)
+        return average((folder.read(name, index) for folder in self.folders), name=name, dtype=dtype)
 
     def part(self, part: str, *, layer: int, expert: int, dtype: torch.dtype) -> Tensor:
         """A part of a layer's dense block: as stored, of the model that the expert comes from; or the mean of all.
@@ -79,7 +81,7 @@ def dense_model(folders: Sequence[ModelFolder]) -> PreTrainedModel:
             raise ModelError(
                 f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
             )
-        models.append(empty_model_of(folder)[0])
+        models.append(open_skeleton(folder)[0])
     if len(folders) > 1:
         check_siblings(folders)
         for folder, model in zip(folders, models, strict=True):

@@ -161,15 +161,6 @@ def important(importance_W: Tensor, *, experts: int, shared: int, expert_width: 
     return torch.cat((order_W[:shared].expand(E, -1), dealt_EF), dim=1)
 
 
-def complete(neurons_EF: Tensor, *, granularity: int, width: int, shared_S: Tensor | None = None) -> bool:
-    """Whether each virtual group, with the shared expert's neurons if there are any, holds each neuron once."""
-    groups = neurons_EF.reshape(-1, granularity * neurons_EF.shape[1])
-    if shared_S is not None:
-        groups = torch.cat((groups, shared_S.expand(len(groups), -1)), dim=1)
-    due = torch.arange(width).expand(len(groups), -1)
-    return groups.shape == due.shape and torch.equal(groups.sort(dim=1).values, due)
-
-
 def neuron_factors(neurons_EF: Tensor, *, width: int, top_k: int) -> Tensor:
     """What a neuron's output is multiplied by so that it counts as in the dense block: (E, F) float64.
 

@@ -19,44 +19,39 @@ from torch import Tensor, nn
 
 from moewright.errors import DataError, UsageError
 from moewright.upcycle.cluster import balanced_clusters, unit_rows
-from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.config import FROM_DATA, UpcycleConfig
 from moewright.upcycle.seeds import generator
 
 SAME = 1e-4
 """Rows nearer to each other than this times their length are one row to bfloat16, and to us."""
 
 
-def start_rows(
-    config: UpcycleConfig,
-    *,
-    hidden_size: int,
-    layer: int,
-    inputs_TD: Tensor | None = None,
-    states: Sequence[Sequence[Tensor]] | None = None,
+def start_router(
+    config: UpcycleConfig, rows_MD: Tensor | None, *, hidden_size: int, layer: int, dtype: torch.dtype
 ) -> Tensor:
-    """The rows of a layer's router for a resolved config, (M, D): `normal`, `zeros`, `orthogonal`, or from data.
+    """A layer's router at the start for a resolved config, (E, D) in `dtype`: of the rows measured, or else drawn.
 
-    `inputs_TD` are hidden states for `centroids`, `states` those of each group's prompts for `prompts`.
+    Each group's row is repeated for each of its experts, so that their logits tie.
     """
+    if rows_MD is None:
+        rows_MD = drawn_rows(config, hidden_size=hidden_size, layer=layer)
+    return repeated(rows_MD, granularity=config.tied, dtype=dtype)
+
+
+def drawn_rows(config: UpcycleConfig, *, hidden_size: int, layer: int) -> Tensor:
+    """The rows that a resolved config draws for a layer, (M, D): `normal`, `orthogonal`, or `zeros`."""
+    assert config.router_start not in FROM_DATA, "rows from data are measured before the router is made"
+    assert config.router_std is not None, "a resolved config"
     groups, seed, std = config.groups, config.seed, config.router_std
-    assert std is not None and config.router_logit_std is not None, "a resolved config"  # noqa: PT018
     if config.router_start == "zeros":
         return zero_rows(groups, hidden_size=hidden_size)
     if config.router_start == "orthogonal":
         return orthogonal_rows(groups, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
-    if config.router_start == "centroids":
-        assert inputs_TD is not None, "hidden states are observed before the router is made"
-        rows_MD = centroid_rows(inputs_TD, groups=groups, seed=seed, layer=layer)
-        return with_logit_std(rows_MD, inputs_TD, std=config.router_logit_std)
-    if config.router_start == "prompts":
-        assert states is not None, "prompts are read before the router is made"
-        all_TD = torch.cat([state_TD for prompts in states for state_TD in prompts])
-        return with_logit_std(prompt_rows(states), all_TD, std=config.router_logit_std)
     return normal_rows(groups, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
 
 
 def repeated(rows_MD: Tensor, *, granularity: int, dtype: torch.dtype) -> Tensor:
-    """The router (E, D) in `dtype`: each group's row for each of its G experts, so that their logits tie."""
+    """Each row G times, (M G, D) in `dtype`."""
     return rows_MD.to(dtype).repeat_interleave(granularity, dim=0)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.untrusted import file_inside, read_json
 from moewright.errors import ModelError, UsageError
-from moewright.family.table import backbone_config, family_of
+from moewright.family.config import backbone_config
+from moewright.family.table import family_of
 
 TOKENIZER: Final = "tokenizer.json"
 

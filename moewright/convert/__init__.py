@@ -1,0 +1,1 @@
+"""A folder becomes another: what growing, upcycling and their like share."""
