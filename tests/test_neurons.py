@@ -122,20 +122,16 @@ def test_carved_are_the_most_important_and_of_equals_the_first():
 @given(data=st.data())
 def test_split_by_importance_deals_as_moebert(data):
     experts = data.draw(st.integers(1, 5), label="experts")
-    width = data.draw(st.integers(experts, 40), label="width")
-    expert_width = data.draw(st.integers(1, width), label="expert_width")
-    shared = data.draw(st.integers(0, expert_width), label="shared")
+    size = data.draw(st.integers(1, 8), label="size")
+    shared = data.draw(st.integers(0, size), label="shared")
+    width = experts * size
     importance = torch.tensor(data.draw(st.permutations(range(width)), label="importance"), dtype=torch.float32)
     ranked = sorted(range(width), key=lambda j: -importance[j].item())
     hands = [ranked[:shared] for _ in range(experts)]
     for place, neuron in enumerate(ranked[shared:]):
         hands[place % experts] = [*hands[place % experts], neuron]
-    if min(len(hand) for hand in hands) < expert_width:
-        with pytest.raises(UsageError, match="expert width"):
-            neurons.important(importance, experts=experts, shared=shared, expert_width=expert_width)
-        return
-    found = neurons.important(importance, experts=experts, shared=shared, expert_width=expert_width)
-    assert found.tolist() == [hand[:expert_width] for hand in hands]
+    found = neurons.important(importance, experts=experts, shared=shared)
+    assert found.tolist() == [hand[:size] for hand in hands]
 
 
 def test_split_of_the_same_size_drops_the_least_important():

@@ -25,7 +25,7 @@ from moewright.evaluate.compare import EXACT_TOLERANCE, Comparison, compare
 from moewright.export.runtimes import expected_runtimes
 
 Track = Callable[[int], Callable[[int], None]]
-"""Called once with the bytes to write; returns what is called with the bytes of each tensor written."""
+"""Called once with the bytes to write; returns a function to call with the bytes of each tensor written."""
 
 
 @dataclass(frozen=True)

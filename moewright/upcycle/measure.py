@@ -1,4 +1,4 @@
-"""What upcycling measures on the dense model: it is loaded once if any setting asks for it, and let go.
+"""The measurements of an upcycling on the dense model, which is loaded once if any setting asks for it, and let go.
 
 Letters: T tokens, D model width, W width of the block, E experts, M virtual groups.
 """
@@ -23,7 +23,7 @@ from moewright.upcycle.scale import expected_weight_sum, mean_weight_sum
 
 @dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What is measured of a dense model, by layer; empty where no setting asks for it."""
+    """Measurements of a dense model by layer; empty where no setting asks for them."""
 
     router_rows: Mapping[int, Tensor] = field(default_factory=dict)
     """(M, D) float32: the rows of a router that starts from `centroids` of the text or from `prompts`."""
@@ -87,7 +87,7 @@ def measure(plan: UpcyclePlan, *, texts: Sequence[Tensor] | None = None) -> Meas
 def expected_weight_sums(plan: UpcyclePlan, routers: Mapping[int, Tensor]) -> dict[int, float]:
     """The weight sums of routers, (E, D) by layer, where there is no text: those for Gaussian inputs.
 
-    Their spread is what the norm before the block gives them. Raises `UsageError` for blocks that read no norm.
+    Their spread is that of the norm before the block. Raises `UsageError` for blocks that read no norm.
     """
     folder, backbone, family = plan.folder, plan.source.backbone, plan.source.family
     places = family.places(backbone)

@@ -1,9 +1,9 @@
-"""What the router's rows start as.
+"""The rows that a router starts with.
 
 Letters: T tokens, D model width, E experts, G granularity, M = E / G virtual groups, P prompts.
 
 Each function makes one row for each virtual group, (M, D) in float32; `repeated` gives each of a group's experts its
-row. Hidden states are what the router reads: the input of the feed-forward block, behind the norm.
+row. Hidden states are the inputs of the router: those of the feed-forward block, behind the norm.
 
 **How large rows should be.** Behind an RMS norm of weight 1 a token has length sqrt(D), so rows from N(0, std^2)
 give logits of deviation std * sqrt(D). With N(0, 1), as mergekit's `random` gates are, that is 64 at D = 4096: the
@@ -121,7 +121,7 @@ def prompt_rows(states: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def contrasted(means_MD: Tensor, mean_D: Tensor) -> Tensor:
-    """What each mean has that the others have not, as rows of length 1, at right angles to the mean token.
+    """The share of each mean that the others have not, as rows of length 1, at right angles to the mean token.
 
     Hidden states share a large part. As part of the rows it would add the same to all logits of a token, and as soon as
     rows get equal lengths, not even the same; and a row with a share along `mean_D` is liked, or not, by all tokens
@@ -152,7 +152,7 @@ def contrasted(means_MD: Tensor, mean_D: Tensor) -> Tensor:
 def with_logit_std(rows_MD: Tensor, x_TD: Tensor, *, std: float) -> Tensor:
     """Rows times the one number that gives the logits of these hidden states the deviation `std` over groups.
 
-    It is the root of the mean over tokens of the variance over the M groups (over M - 1): what the softmax sees. Rows
+    It is the root of the mean over tokens of the variance over the M groups (over M - 1), as the softmax sees it. Rows
     from N(0, s^2) have s * sqrt(D) for tokens of length sqrt(D). Computed in float32, or float64 for such rows.
 
     Raises `UsageError` for less than two groups or a std that is none, `DataError` if no logits differ.
@@ -161,10 +161,10 @@ def with_logit_std(rows_MD: Tensor, x_TD: Tensor, *, std: float) -> Tensor:
     if not 0.0 < std < float("inf"):
         raise UsageError(f"logit std {std}: it must be a finite number above 0")
     logits_TM = x_TD.to(rows_MD.dtype) @ rows_MD.t()
-    found = float(logits_TM.var(dim=1, correction=1).mean().sqrt())
-    if not 0.0 < found < float("inf"):
-        raise DataError(f"router logits on the text given have a deviation of {found}: give text like that of use")
-    return rows_MD * (std / found)
+    std_now = float(logits_TM.var(dim=1, correction=1).mean().sqrt())
+    if not 0.0 < std_now < float("inf"):
+        raise DataError(f"router logits on the text given have a deviation of {std_now}: give text like that of use")
+    return rows_MD * (std / std_now)
 
 
 def _require_groups(groups: int) -> None:
