@@ -21,14 +21,14 @@ from moewright.backbone.formats.rows import Fields, Layers
 from moewright.backbone.graft import graft
 from moewright.backbone.pretrained import RECOMPUTED
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
-from moewright.backbone.slots import Index, Slot, TensorSource
+from moewright.backbone.slots import Index, Slices, Slot, TensorSource
 from moewright.checkpoint.read import RECORD, ModelFolder
 from moewright.errors import ModelError
 from moewright.family.row import Family
 from moewright.family.table import family_of
 
 GENERATION: Final = "generation_config.json"
-PartOf = Callable[[str, Tensor], tuple[slice, ...]]
+PartOf = Callable[[str, Tensor], Slices]
 """Of a tensor of the model, by its name and itself on meta: the slice of each dim that this process holds."""
 
 
@@ -99,8 +99,8 @@ class FolderSource:
 
     folder: ModelFolder
 
-    def read(self, slot: Slot, index: Index | None = None) -> Tensor:
-        return self.folder.read(slot.name) if index is None else self.folder.read(slot.name, index)
+    def read(self, slot: Slot, index: Slices | None = None) -> Tensor:
+        return self.folder.read(slot.name, index)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class MadeSource:
 
     make: Callable[[Slot], Tensor]
 
-    def read(self, slot: Slot, index: Index | None = None) -> Tensor:
+    def read(self, slot: Slot, index: Slices | None = None) -> Tensor:
         tensor = self.make(slot)
         return tensor if index is None else tensor[index]
 
@@ -161,7 +161,7 @@ def fill(
                 module._buffers[name] = on_meta.to(device)
 
 
-def _meeting(index: Index, held: list[range], shape: torch.Size) -> tuple[Index, Index | None] | None:
+def _meeting(index: Index, held: list[range], shape: torch.Size) -> tuple[Index, Slices | None] | None:
     """Where a slot, which is at `index` of a tensor, and the part of it that is `held` meet.
 
     The place in the part, and the place in the slot (None for all of it); None where they do not meet.

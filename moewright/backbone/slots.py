@@ -47,12 +47,14 @@ FLOAT32: Final = ("router.bias", "balance_coefficient")
 
 Index = tuple[int | slice, ...]
 """A part of a tensor, as one indexes it; dims that are not named are whole."""
+Slices = tuple[slice, ...]
+"""The same, but that every dim stays."""
 
 
 class TensorSource(Protocol):
     """Where the tensors of a folder come from: the folder itself, or what makes them."""
 
-    def read(self, slot: "Slot", index: Index | None = None) -> Tensor:
+    def read(self, slot: "Slot", index: Slices | None = None) -> Tensor:
         """A slot's tensor as it is on disk; with `index` that part of it alone is read or made."""
 
 
@@ -172,7 +174,7 @@ class Slot:
         """The tensor on disk of this model."""
         return self.constant(dtype) if self.fill is not None else self.to_disk(self.view(model).detach().to(dtype))
 
-    def read(self, source: TensorSource, index: Index | None = None) -> Tensor:
+    def read(self, source: TensorSource, index: Slices | None = None) -> Tensor:
         """The part of the model, from a source; with `index`, all its dims named by slices, a part of that."""
         if index is None or self.order is None:
             return self.from_disk(source.read(self, index))
