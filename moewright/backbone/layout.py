@@ -22,6 +22,7 @@ from moewright.moe.layer import MoELayer
 
 PARTS: Final = {
     "router.weight": ("router",),
+    "router.linear_bias": ("router_bias",),
     "router.bias": ("selection_bias",),
     "experts.gate_up_proj": ("gate", "up"),
     "experts.up_proj": ("up",),

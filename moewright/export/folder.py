@@ -18,6 +18,7 @@ from moewright.errors import ModelError
 from moewright.export.card import model_card
 from moewright.export.runtimes import FAULTY, Runtime, runtimes
 from moewright.export.verify import Proof, Reference, prove
+from moewright.moe.config import TRAINING_BUFFERS
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _write(writer: FolderWriter, source: Path, form: Form) -> None:
     written = ModelFolder(writer.path)
     written.record = form.record(model)  # as it will say when it is committed
     again, its_form = empty_model_of(written, dtype=model.dtype)
-    wrong = sorted(again.state_dict().keys() ^ model.state_dict().keys())
+    different = again.state_dict().keys() ^ model.state_dict().keys()
+    wrong = sorted(name for name in different if not name.endswith(TRAINING_BUFFERS))
     for slot in its_form.slots(again):
         if slot.fill is None and not slot.tied:
             tensor, wanted = written.read(slot.name), slot.view(model)
