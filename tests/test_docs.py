@@ -143,10 +143,10 @@ def test_layer_page_runs(tmp_path):
     (tmp_path / "page.py").write_text("\n".join(layer_blocks("python")), encoding="utf-8")
     names = vars(module_at(tmp_path / "page.py"))
     assert names["y"].shape == (4, 16, 64)
-    assert names["layer"].step_counts.sum() == 0
+    assert names["layer"].stats.step_counts.sum() == 0
     assert names["model"].config._experts_implementation == "moewright"
     recipes = [value for value in names.values() if isinstance(value, MoEConfig)] + list(names["pr_moe"].values())
-    assert len(recipes) == 1 + 7 + 12
+    assert len(recipes) == 1 + 8 + 12
     for config in recipes:  # of the sizes of real models, so without memory
         x = torch.empty(2, 8, config.hidden_size, device="meta", requires_grad=True)
         MoELayer(config, device="meta")(x).sum().backward()

@@ -26,6 +26,7 @@ from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig, MoESettings
 from moewright.moe.layer import MoELayer
 from moewright.moe.stats import load_imbalance
+from moewright.moe.step import RoutingStep
 from moewright.optim.adamw import make_optimizer
 from moewright.optim.schedule import learning_rate
 
@@ -128,6 +129,7 @@ def train_layers(
         layer: make_optimizer(moe, weight_decay=0.0, betas=BETAS, router_ratio=settings.router_learning_rate_ratio)
         for layer, moe in layers.items()
     }
+    routing = {layer: RoutingStep({"block": (moe.context, [moe])}) for layer, moe in layers.items()}
     for step in range(1, settings.steps + 1):
         position = (step - 1) * settings.batch_size
         drawn = rows_at(position, count=settings.batch_size, total=len(rows.numbers), seed=settings.seed)
@@ -144,24 +146,25 @@ def train_layers(
         )
         for layer, moe in layers.items():
             moe.train()
+            routing[layer].begin_micro_batch({"block": 1.0})
             loss = layer_loss(moe, blocks.pop(layer), batch.token_mask, variance=variances[layer], dtype=settings.dtype)
             if not math.isfinite(loss.item()):
                 raise CheckpointError(
                     f"layer {layer}: the loss is {loss.item()} at step {step}; lower the learning rate"
                 )
             loss.backward()
-            _step(moe, optimizers[layer], rate=rate)
+            _step(routing[layer], optimizers[layer], rate=rate)
         if on_tokens is not None:
             on_tokens(batch.token_mask.numel())
 
 
-def _step(moe: MoELayer, optimizer: torch.optim.Optimizer, *, rate: float) -> None:
-    moe.after_backward()
+def _step(routing: RoutingStep, optimizer: torch.optim.Optimizer, *, rate: float) -> None:
+    routing.after_backward()
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    moe.after_step()
+    routing.end_step()
 
 
 @dataclass

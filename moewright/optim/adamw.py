@@ -18,7 +18,7 @@ def make_optimizer(
     Each group's `ratio` is what the step's learning rate is multiplied with: `router_ratio` for the routers of
     MoELayers, 1 for the rest. The `lr` of the groups is set at each step.
     """
-    routers = {id(module.weight) for module in model.modules() if isinstance(module, Router)}
+    routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import moe_layers, routing_contexts
+from moewright.backbone.blocks import moe_layers, routing_contexts, routing_step
 from moewright.backbone.save import save_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
@@ -113,20 +113,17 @@ def train_step(
 
     Raises CheckpointError when the loss or the gradient is not finite; the parameters are then unchanged.
     """
-    contexts, layers = routing_contexts(model), moe_layers(model)
-    tally = RoutingTally(layers)
+    routing, tally = routing_step(model), RoutingTally(moe_layers(model))
     targets, real = int((batch.targets != IGNORE).sum()), int(batch.token_mask.sum())
     loss = torch.zeros((), device=model.device)
     for first in range(0, len(batch), settings.micro_batch_size):
         micro = batch.rows(first, first + settings.micro_batch_size)
         share = int(micro.token_mask.sum()) / real
-        for context in contexts:
-            context.loss_scale = torch.tensor(share, device=model.device)
+        routing.begin_micro_batch({"decoder": share})
         micro_loss = language_loss(model, micro.to(model.device), dtype=settings.dtype) / targets
         tally.add(share)
         micro_loss.backward()
-        for layer in layers.values():
-            layer.after_backward()
+        routing.after_backward()
         loss += micro_loss.detach()
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
@@ -146,8 +143,7 @@ def train_step(
         group["lr"] = rate * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for layer in layers.values():
-        layer.after_step()
+    routing.end_step()
     return record | {"lr": rate, "step_tokens": real, "step_targets": targets} | tally.record()
 
 
