@@ -57,12 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MoewrightError as error:
         return _fail(str(error), error.exit_code, debug=debug)
-    except Exception as error:  # the outermost frame: what is not ours to explain still ends as one line
+    except Exception as error:  # the outermost frame: any other error ends as one line, too
         if lacking := _lacking(error):
             return _fail(f"out of {lacking}: {error}", ResourceError.exit_code, debug=debug)
-        what = f"{type(error).__name__}: {error}"
         hint = "" if debug else "; run it again with --debug for the traceback"
-        return _fail(f"internal error (a bug of ours) {what}{hint}", INTERNAL_ERROR, debug=debug)
+        message = f"internal error (a bug of ours) {type(error).__name__}: {error}{hint}"
+        return _fail(message, INTERNAL_ERROR, debug=debug)
 
 
 def _show(facts: Facts | None, *, as_json: bool) -> None:

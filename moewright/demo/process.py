@@ -17,7 +17,7 @@ KEEP: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process printed, and what it took."""
+    """The result of a process, and its cost."""
 
     facts: dict[str, Any]
     """The JSON object it printed."""
@@ -34,7 +34,7 @@ def run_verb(*arguments: str) -> Outcome:
 def run_python(arguments: Sequence[str], *, what: str) -> Outcome:
     """Run this Python with `arguments`, and read the JSON object that it prints.
 
-    Raises `MoewrightError` if it fails; what it said has then been shown.
+    Raises `MoewrightError` if it fails; its own message has then been shown.
     """
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ | KEEP)

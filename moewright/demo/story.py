@@ -39,7 +39,7 @@ def run_demo(
     """Tell the story in the new folder `out`; returns the path of its report.html.
 
     `write_model` writes the dense model's folder. Raises `UsageError` if `out` exists or the model's
-    package is missing, and what the steps raise.
+    packages are missing, and any error of a step.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty: choose another --out, or delete it")
@@ -177,7 +177,7 @@ eval_every = {max(1, steps // 2)}
 
 
 def _prove(folder: Path, held_out: list[str], ours: Outcome, *, new_tokens: int) -> dict[str, Any]:
-    """What plain transformers makes of the folder, beside what we make of it."""
+    """The folder as plain transformers computes it, and the differences from ours."""
     script = Path(__file__).with_name("plain.py")
     arguments = ["-P", str(script), str(folder), PROMPT, str(new_tokens), *held_out]
     plain = run_python(arguments, what="plain transformers").facts

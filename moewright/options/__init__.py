@@ -1,1 +1,1 @@
-"""The verbs of the command line: the table, and the parser that is made of it."""
+"""The verbs of the command line: the table, and the parser made of it."""

@@ -1,7 +1,7 @@
 """A parser for a table of verbs: the options of each are the fields of a dataclass, with the sentences under them.
 
-argparse parses, and not tyro, which reports a bad option as a box of several lines. Only the verb that is asked for
-gets its options, so that help is quick.
+argparse parses, and not tyro, which reports a bad option as a box of several lines. Only the verb asked for gets its
+options, so that help is quick.
 """
 
 import argparse
@@ -28,22 +28,16 @@ Facts = Mapping[str, Any]
 class Metavar(str):
     """In `Annotated`: the word that stands for an option's value in help."""
 
-    __slots__ = ()
-
 
 class Positional(Metavar):
     """The same, of an argument that has a place and no name."""
-
-    __slots__ = ()
 
 
 class Rest(Metavar):
     """The same, of all arguments that no option takes; the sentence under the field stands below the help."""
 
-    __slots__ = ()
 
-
-DEFAULT_METAVARS: Final = {int: "N", float: "X", tuple: "DIR"}
+METAVARS: Final = {int: "N", float: "X", tuple: "DIR"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +53,12 @@ class Verb(Generic[Options]):
     summary: str
 
     def read(self, values: argparse.Namespace) -> Options:
-        """The options, of what was parsed; UsageError if they contradict each other."""
+        """The options, from the values parsed; UsageError if they contradict each other."""
         return _read(self.options, values)
 
     def settings(self) -> list[str]:
         """Names of the fields that are written as flags."""
-        return [field.name for field in _leaves(self.options) if not isinstance(field.metavar, Positional | Rest)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaf:
-    """A field that becomes one argument."""
-
-    name: str
-    kind: Any
-    """Its type, without `| None`."""
-    metavar: str
-    default: Any
-    sentence: str
-    group: str
-    """Title of the group it stands in; empty for none."""
+        return [field.name for field, _, how in _fields(self.options) if not isinstance(how, Positional | Rest)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 
     verb: Verb[Any] | None = None
     rest: str | None = None
-    """The field that takes what no option takes."""
+    """The field for all arguments that no option takes."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError."""
@@ -95,7 +75,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Refuse unknown options first, where nothing takes them: argparse would only say that others are missing."""
         if self.verb is not None:
-            _add_options(self, self.verb)
+            _add_options(self, self.verb.options, self)
             if self.rest is None:
                 known = self._flags()
                 for argument in itertools.takewhile(lambda argument: argument != "--", args):
@@ -129,8 +109,8 @@ def parse(
             summary, noun = groups[group]
             below = places[""].add_parser(group, help=summary, allow_abbrev=False)
             places[group] = below.add_subparsers(title=f"{noun}s", metavar=noun.upper(), required=True)
-        description = f"{verb.summary[0].upper()}{verb.summary[1:]}."
-        own = places[group].add_parser(name, help=verb.summary, description=description, allow_abbrev=False)
+        sentence = f"{verb.summary[0].upper()}{verb.summary[1:]}."
+        own = places[group].add_parser(name, help=verb.summary, description=sentence, allow_abbrev=False)
         own.verb = verb
         own.set_defaults(parser=own)
     values, rest = parser.parse_known_args(argv)
@@ -143,82 +123,76 @@ def parse(
     return asked.verb, values
 
 
-def _add_options(parser: Parser, verb: Verb[Any]) -> None:
-    """An argument for each field of the verb's options."""
-    groups: dict[str, Any] = {"": parser}
-    for leaf in _leaves(verb.options):
-        if isinstance(leaf.metavar, Rest):
-            parser.usage = f"{' '.join(parser.format_usage().split()[1:])} [{leaf.metavar}]"
-            parser.rest, parser.epilog = leaf.name, leaf.sentence
-            continue
-        if leaf.group not in groups:
-            groups[leaf.group] = parser.add_argument_group(leaf.group)
-        groups[leaf.group].add_argument(*_argument_names(leaf), **_argument_settings(leaf))
-
-
-def _argument_names(leaf: _Leaf) -> list[str]:
-    return [leaf.name if isinstance(leaf.metavar, Positional) else as_flag(leaf.name)]
-
-
 def as_flag(name: str) -> str:
     """The flag of a field."""
     return f"--{name.replace('_', '-')}"
 
 
-def _argument_settings(leaf: _Leaf) -> dict[str, Any]:
+def _add_options(parser: Parser, options: type[Any], place: Any) -> None:
+    """Add an argument for each field to `place`, the parser or a group of it, and a group for each dataclass."""
+    below = sentences(options)
+    for field, kind, metavar in _fields(options, nested=False):
+        if dataclasses.is_dataclass(kind):
+            group = parser.add_argument_group(below[field.name].rstrip("."))
+            _add_options(parser, typing.cast(type[Any], kind), group)
+        elif isinstance(metavar, Rest):
+            parser.usage = f"{' '.join(parser.format_usage().split()[1:])} [{metavar}]"
+            parser.rest, parser.epilog = field.name, below[field.name]
+        else:
+            name = field.name if isinstance(metavar, Positional) else as_flag(field.name)
+            place.add_argument(name, **_settings(field, kind, metavar, below[field.name]))
+
+
+def _settings(field: dataclasses.Field[Any], kind: Any, metavar: str | None, sentence: str) -> dict[str, Any]:
     """Keyword arguments of `add_argument`."""
-    required, positional = leaf.default is dataclasses.MISSING, isinstance(leaf.metavar, Positional)
+    required, origin = field.default is dataclasses.MISSING, typing.get_origin(kind)
     # A default that stands for something else, or for nothing, is explained by the sentence.
-    said = not required and leaf.default is not None and leaf.default != () and leaf.kind is not bool
-    settings: dict[str, Any] = {
-        "help": leaf.sentence.replace("%", "%%") + (f" (default {leaf.default})" if said else "")
-    }
-    if not positional:
-        settings |= {"required": True} if required else {"default": leaf.default}
-    if leaf.kind is bool:
+    said = "" if required or kind is bool or field.default in (None, ()) else f" (default {field.default})"
+    settings: dict[str, Any] = {"help": sentence.replace("%", "%%") + said}
+    if not isinstance(metavar, Positional):
+        settings |= {"required": True} if required else {"default": field.default}
+    if kind is bool:
         return settings | {"action": "store_true"}
-    if typing.get_origin(leaf.kind) is typing.Literal:
-        return settings | {"choices": typing.get_args(leaf.kind)}
-    if typing.get_origin(leaf.kind) is tuple:
-        return settings | {"metavar": str(leaf.metavar), "type": typing.get_args(leaf.kind)[0], "nargs": "+"}
-    return settings | {"metavar": str(leaf.metavar), "type": leaf.kind}
+    if origin is typing.Literal:
+        return settings | {"choices": typing.get_args(kind)}
+    settings["metavar"] = str(metavar or METAVARS.get(origin or kind, "TEXT"))
+    return settings | ({"type": typing.get_args(kind)[0], "nargs": "+"} if origin is tuple else {"type": kind})
 
 
-def _leaves(kind: type[Any], *, group: str = "") -> Iterator[_Leaf]:
-    """The fields of a dataclass and of the dataclasses in it."""
-    hints, below = typing.get_type_hints(kind, include_extras=True), sentences(kind)
-    for field in dataclasses.fields(kind):
-        inner, metavar = _without_none(hints[field.name]), None
-        if dataclasses.is_dataclass(inner):
-            yield from _leaves(typing.cast(type[Any], inner), group=below[field.name].rstrip("."))
-            continue
-        if typing.get_origin(inner) is typing.Annotated:
-            inner, metavar = typing.get_args(inner)
-            inner = _without_none(inner)
-        metavar = metavar or DEFAULT_METAVARS.get(typing.get_origin(inner) or inner, "TEXT")
-        yield _Leaf(field.name, inner, metavar, field.default, below[field.name], group)
+def _fields(options: type[Any], *, nested: bool = True) -> Iterator[tuple[dataclasses.Field[Any], Any, Metavar | None]]:
+    """Each field, its type without `| None`, and its metavar; `nested`: those of a dataclass in place of its field."""
+    hints = typing.get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        kind, metavar = hints[field.name], None
+        if typing.get_origin(kind) is typing.Annotated:
+            kind, metavar = typing.get_args(kind)
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+        if nested and dataclasses.is_dataclass(kind):
+            yield from _fields(typing.cast(type[Any], kind))
+        else:
+            yield field, kind, metavar
 
 
-def _read(kind: type[Options], values: argparse.Namespace) -> Options:
-    hints = typing.get_type_hints(kind)
+def _read(options: type[Options], values: argparse.Namespace) -> Options:
     given: dict[str, Any] = {}
-    for field in dataclasses.fields(typing.cast(Any, kind)):
-        if dataclasses.is_dataclass(hint := hints[field.name]):
-            given[field.name] = _read(typing.cast(type[Any], hint), values)
+    for field, kind, _ in _fields(options, nested=False):
+        if dataclasses.is_dataclass(kind):
+            given[field.name] = _read(typing.cast(type[Any], kind), values)
         else:
             value = getattr(values, field.name)
             given[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**given)
+    return options(**given)
 
 
 def sentences(kind: type[Any]) -> dict[str, str]:
     """The sentence under each field of a dataclass in its source, or in its base's, on one line."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for base in reversed(kind.__mro__[:-1]):
         for field, below in itertools.pairwise(_definitions(base.__module__)[base.__qualname__].body):
             if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
-                found[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
-    return found
+                texts[ast.unparse(field.target)] = " ".join(ast.literal_eval(below.value).split())
+    return texts
 
 
 @functools.cache
@@ -226,9 +200,3 @@ def _definitions(module: str) -> dict[str, ast.ClassDef]:
     """The classes that a module's source defines, by name."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-
-
-def _without_none(kind: Any) -> Any:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
-    return kind

@@ -40,7 +40,13 @@ class Output(Debug):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversion(Output):
+class Written(Output):
+    overwrite: bool = False
+    """Replace OUT if it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion(Written):
     source: Annotated[Path, Positional("SRC")]
     """A dense model folder."""
     target: Annotated[Path, Positional("OUT")]
@@ -51,8 +57,6 @@ class Conversion(Output):
     """Compare SRC and OUT on this text."""
     dry_run: bool = False
     """Say what would be written, and write nothing."""
-    overwrite: bool = False
-    """Replace OUT if it exists."""
 
     def torch_dtype(self) -> Any:
         """The data type of torch; None for that of the source."""
@@ -159,15 +163,13 @@ def train(options: Train) -> Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Output):
+class Export(Written):
     source: Annotated[Path, Positional("SRC")]
     """A sparse model folder."""
     target: Annotated[Path, Positional("OUT")]
     """The folder to write."""
     to: Annotated[str | None, Metavar("TYPE")] = None
     """Type of the folder: mixtral, qwen2_moe, ..., or moewright; by default the first that fits."""
-    overwrite: bool = False
-    """Replace OUT if it exists."""
     accept_runtime_fault: bool = False
     """Write OUT even where transformers itself mixes experts up, as it does in nllb-moe."""
 
@@ -187,7 +189,7 @@ def export(options: Export) -> Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Distil(Output):
+class Distil(Written):
     dense: Annotated[Path, Positional("DENSE")]
     """A dense model folder."""
     sparse: Annotated[Path, Positional("SPARSE")]
@@ -198,8 +200,6 @@ class Distil(Output):
     """Text files to learn from, or patterns of their names."""
     verify_text: Annotated[tuple[str, ...], Metavar("FILE")] = ()
     """Text files to measure on; by default the end of the text to learn from."""
-    overwrite: bool = False
-    """Replace OUT if it exists."""
     settings: DistilConfig
     """Settings."""
 
@@ -262,14 +262,19 @@ def demo(options: Demo) -> None:
 
 
 VERBS: Final[Sequence[Verb[Any]]] = (
-    Verb("inspect", inspect, Inspect, "what a model folder holds: layers, experts, parameters, bytes"),
+    Verb("inspect", inspect, Inspect, "list the contents of a model folder: layers, experts, parameters, bytes"),
     Verb("upcycle", upcycle, Upcycle, "write a dense model folder as a mixture of experts"),
     Verb("grow", grow, Grow, "write a dense model folder as a larger dense model"),
-    Verb("train", train, Train, "train what a run file describes; the same command again resumes"),
+    Verb("train", train, Train, "train as a run file says; the same command again resumes"),
     Verb("export", export, Export, "write a sparse folder for a runtime, and prove that it computes the same"),
     Verb("distil", distil, Distil, "train each MoE block alone to do what its dense block does"),
-    Verb("evaluate perplexity", evaluate_perplexity, Perplexity, "perplexity of text files, with its standard error"),
-    Verb("demo", demo, Demo, "the whole story on a real 135M-parameter model, in about ten minutes"),
+    Verb(
+        "evaluate perplexity",
+        evaluate_perplexity,
+        Perplexity,
+        "the perplexity of text files, with its standard error",
+    ),
+    Verb("demo", demo, Demo, "tell the whole story on a real 135M-parameter model, in about ten minutes"),
 )
 
 
@@ -288,7 +293,7 @@ def _importing() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-        if new:  # in a process that calls `main` again and again, what is garbage by then would stay too
+        if new:  # a process that calls `main` again and again would keep its garbage for ever
             gc.freeze()
 
 

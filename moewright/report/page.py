@@ -23,7 +23,8 @@ TEMPLATES: Final = Path(__file__).with_name("templates")
 def render(template: Path, *, charts: Mapping[str, Chart], **values: Any) -> str:
     """The document that a template makes of `charts` and `values`.
 
-    A browser may run our one script, told by its hash, and may fetch nothing. What cannot be printed is U+FFFD.
+    A browser may run our one script, which it knows by its hash, and may fetch nothing. Unprintable characters become
+    U+FFFD.
     """
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),

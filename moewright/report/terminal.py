@@ -1,4 +1,4 @@
-"""What a verb found, as lines and tables on a terminal."""
+"""Facts as lines and tables on a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

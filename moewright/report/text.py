@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 UNPRINTABLE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-"""What HTML and SVG cannot hold: control characters (a model may well generate them), halves of surrogate pairs."""
+"""Not to be had in HTML and SVG: control characters (a model may well generate them), halves of surrogate pairs."""
 
 
 def format_value(value: Any) -> str:
@@ -30,7 +30,7 @@ def format_value(value: Any) -> str:
 
 
 def printable(value: Any) -> Any:
-    """A text with U+FFFD for what cannot be printed; the same in mappings and lists. Other values stay as they are."""
+    """A text with U+FFFD for each unprintable character, also inside mappings and lists; other values as they are."""
     if type(value) is str:
         return UNPRINTABLE.sub("\ufffd", value)
     if isinstance(value, Mapping):
