@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from experiments.page import renewed
+from moewright.backbone.blocks import routing_step
 from moewright.cli import main
 from moewright.moe.kernels import default_kernel
 from moewright.optim.adamw import make_optimizer
@@ -51,10 +52,19 @@ def training_step(folder: Path) -> Callable[[], None]:
     """One step of a model that was upcycled."""
     config = make_run(folder, upcycle=UpcycleConfig(experts=4, top_k=2))
     started = start(config, cache_dir=folder)
+    routing = routing_step(started.model)
     optimizer = make_optimizer(started.model, weight_decay=0.0, betas=(0.9, 0.95))
 
     def step() -> None:
-        train_step(started.model, optimizer, started.rows.batch(range(4)), step=1, settings=config.train)
+        train_step(
+            started.model,
+            started.rows.batch(range(4)),
+            objective=started.objective,
+            routing=routing,
+            optimizer=optimizer,
+            step=1,
+            settings=config.train,
+        )
 
     step()
     return step

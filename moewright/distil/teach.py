@@ -18,7 +18,7 @@ from moewright.errors import CheckpointError, UsageError
 from moewright.moe.config import MoEConfig, MoESettings
 from moewright.moe.layer import MoELayer
 from moewright.moe.step import RoutingStep
-from moewright.optim.adamw import make_optimizer
+from moewright.optim.adamw import make_optimizer, update
 from moewright.optim.schedule import learning_rate
 
 BETAS: Final = (0.9, 0.95)
@@ -92,8 +92,5 @@ def train_layers(
                 )
             loss.backward()
             routing[layer].after_backward()
-            for group in optimizers[layer].param_groups:
-                group["lr"] = rate * group["ratio"]
-            optimizers[layer].step()
-            optimizers[layer].zero_grad(set_to_none=True)
+            update(optimizers[layer], learning_rate=rate)
             routing[layer].end_step()

@@ -1,4 +1,4 @@
-"""The optimiser, and its state by parameter name."""
+"""The optimiser, its update, and its state by parameter name."""
 
 from typing import Final
 
@@ -15,8 +15,7 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over all parameters, decay on matrices only (not on norms and biases).
 
-    The training loop sets the `lr` of each group to the step's learning rate times the group's `ratio`: `router_ratio`
-    for the routers of MoELayers, 1 for the rest.
+    Each group has a `ratio` of its learning rate to the step's: `router_ratio` for the routers of MoELayers, else 1.
     """
     routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -27,6 +26,14 @@ def make_optimizer(
             groups.setdefault((decay, ratio), []).append(parameter)
     options = [{"params": group, "weight_decay": decay, "ratio": ratio} for (decay, ratio), group in groups.items()]
     return torch.optim.AdamW(options, lr=0.0, betas=betas, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, *, learning_rate: float) -> None:
+    """Apply the gradients at the step's learning rate, and drop them."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["ratio"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from moewright.checkpoint.state import newest_state
 from moewright.data.pack import rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
 from moewright.moe.step import RoutingStep
-from moewright.optim.adamw import make_optimizer
+from moewright.optim.adamw import make_optimizer, update
 from moewright.report.progress import Progress
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
@@ -133,10 +133,7 @@ def train_step(
     _require_finite(record, step)
 
     rate = settings.learning_rate_at(step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["ratio"]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    update(optimizer, learning_rate=rate)
     record |= {"lr": rate, "step_tokens": sum(tokens.values()), "step_targets": targets}
     return record | routing_metrics(moe_layers(model), routing.end_step())
 

@@ -4,10 +4,10 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,14 +54,13 @@ class Start:
     """`text_digests` of the text."""
 
 
-def no_parallelism(model: PreTrainedModel) -> None:
-    """Leave a skeleton as it is: every parameter whole, in this process."""
-
-
-def start(config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedModel], None] = no_parallelism) -> Start:
+def start(
+    config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedModel], None] = lambda model: None
+) -> Start:
     """Build the model's skeleton, read and pack the text (with temporary files in `cache_dir`), fill the skeleton.
 
-    `prepare` is given the skeleton, whose parameters are on the meta device: here parallelism is applied.
+    `prepare` is given the skeleton, whose parameters are on the meta device: here parallelism is applied. By default
+    every parameter stays whole, in this process.
 
     Raises UsageError, ModelError and DataError for all that can be wrong with model or text, ResourceError for a disk
     without room for the result; then no weights were read, unless upcycling measures on them.
@@ -157,19 +156,11 @@ def recompute_blocks(model: PreTrainedModel) -> None:
 def _read_rows(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, cache_dir: Path
 ) -> tuple[PackedRows, PackedRows | None]:
-    def packed(documents: datasets.Dataset) -> PackedRows:
-        return pack(
-            documents,
-            tokenizer,
-            sequence_length=data.sequence_length,
-            seed=seed,
-            cache_dir=cache_dir,
-        )
-
-    documents = read_documents(data.files, field=data.text_field, cache_dir=cache_dir)
+    read = partial(read_documents, field=data.text_field, cache_dir=cache_dir)
+    packed = partial(pack, tokenizer=tokenizer, sequence_length=data.sequence_length, seed=seed, cache_dir=cache_dir)
+    documents = read(data.files)
     if data.eval_files:
-        held_out = read_documents(data.eval_files, field=data.text_field, cache_dir=cache_dir)
-        return packed(documents), packed(held_out)
+        return packed(documents), packed(read(data.eval_files))
     if not data.eval_fraction:
         return packed(documents), None
     if len(documents) < 2:
