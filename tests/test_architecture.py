@@ -26,7 +26,7 @@ from moewright.optim.adamw import make_optimizer
 from moewright.train.loop import train_step
 from moewright.train.start import start
 from moewright.upcycle.config import UpcycleConfig
-from tests.imports import PACKAGE, ROOMS, ROOT, files_imported, tree
+from tests.imports import PACKAGE, ROOMS, ROOT, files_imported, room, tree
 from tests.models import write_dense
 from tests.runs import make_run
 
@@ -95,11 +95,11 @@ def files_called() -> Iterator[list[Path]]:
 
 
 def downward(files: list[Path]) -> list[Path]:
-    """The files, each after all those that import it, and otherwise in the order given."""
+    """The files, room by room from the last one, each after all those that import it, else in the order given."""
+    left, ordered = sorted(files, key=lambda file: -ROOMS.index(room(file))), []
     imported = {file: files_imported(file) for file in files}
-    left, ordered = list(files), []
     while left:
-        following = next(file for file in left if not any(file in imported[other] for other in left if other != file))
+        following = next(file for file in left if not any(file in imported[other] for other in left))
         left.remove(following)
         ordered.append(following)
     return ordered
