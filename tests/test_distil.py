@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -457,51 +457,10 @@ def test_targets_and_texts_that_are_refused(folders, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_the_command_hands_every_option_to_the_library(monkeypatch):
-    calls = []
-
-    def distil_folder(*args, track, **options):
-        assert callable(track)
-        calls.append((*args, options))
-        return {"layers": []}
-
-    monkeypatch.setattr(distil, "distil_folder", distil_folder)
-    long = (
-        "--tolerance 0.2 --tokens 50000 --held-out-tokens 99 --top-k 3 --layers-at-once 2 --batch-size 5"
-        " --sequence-length 64 --learning-rate 0.1 --router-learning-rate-ratio 0.2 --balance-loss 0.3 --z-loss 0.4"
-        " --dtype bfloat16 --seed 7 --device cpu --overwrite --verify-text c.txt --text a.txt b.txt"
-    )
-    assert cli.main(["distil", "d", "s", "o", *long.split()]) == 0
-    assert cli.main(["distil", "d", "s", "o", "--text", "a.txt", "--tolerance", "0.1"]) == 0
-    every = DistilConfig(
-        tolerance=0.2,
-        tokens=50000,
-        held_out_tokens=99,
-        top_k=3,
-        layers_at_once=2,
-        batch_size=5,
-        sequence_length=64,
-        learning_rate=0.1,
-        router_learning_rate_ratio=0.2,
-        balance_loss=0.3,
-        z_loss=0.4,
-        dtype="bfloat16",
-        seed=7,
-        device="cpu",
-    )
-    paths = (Path("d"), Path("s"), Path("o"))
-    assert calls == [
-        (*paths, every, {"text": ["a.txt", "b.txt"], "verify_text": ["c.txt"], "overwrite": True}),
-        (*paths, DistilConfig(tolerance=0.1), {"text": ["a.txt"], "verify_text": (), "overwrite": False}),
-    ]
-    unchanged = {f.name for f in fields(DistilConfig) if getattr(every, f.name) == f.default}
-    assert not unchanged, "each option is given here"
-
-
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--tolerance", "2"], 2, "tolerance=2.0: it is a share of the dense output's variance"),
+        (["--tolerance", "2"], 2, "--tolerance 2.0: it is a share of the dense output's variance"),
         (["--held-out-tokens", "99999"], 3, "the text has"),
         (["--learning-rate", "1e30"], 4, "layer 0: "),
         (["--tolerence", "1"], 2, "unknown argument '--tolerence' (did you mean --tolerance?)"),
