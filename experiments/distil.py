@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
 from experiments.page import arguments, circumstances, renew, save
-from moewright.backbone.folder import load_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import load_model
 from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
 from moewright.distil.apply import distil_folder

@@ -85,3 +85,9 @@ def settings_written(names: Iterable[str], *, write: Callable[[str], str]) -> It
         raise
     finally:
         warnings.showwarning = show_before
+
+
+def listed(names: list[str]) -> str:
+    """The first five names, and the number of the others: a list that fits into the line of an error."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

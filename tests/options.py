@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
+from moewright.moe.step import RoutingStep
 from tests import reference
 
 D, F, E, K = 8, 3, 6, 2
@@ -34,6 +35,7 @@ OPTIONS: dict[str, Changes] = {
     "routed_scale": {"routed_scale": 2.5},
     "groups": _GROUPS,
     "groups by two": {**_GROUPS, "group_score": "top2"},
+    "router_bias": {"router_bias": True},
     "selection_bias": {"selection_bias": True, "bias_update_rate": 0.125},
     "input_jitter": {"input_jitter": 0.25},
     "normal noise": {"logit_noise": 0.5},
@@ -52,6 +54,7 @@ OPTIONS: dict[str, Changes] = {
     "z_loss": {"z_loss": 0.125},
     "no gate": {"gated": False},
     "squared ReLU": {"activation": "relu2"},
+    "clamped SwiGLU": {"activation": "swiglu_oai"},
     "expert_bias": {"expert_bias": True},
     "shared": {"shared_size": 5},
     "shared, gated": {"shared_size": 5, "shared_mode": "gated"},
@@ -73,6 +76,8 @@ COMBINATIONS: dict[str, Changes] = {
     | {"balance_loss": 0.25, "balance_scope": "global"},
     "Skywork": {"logit_norm": 1.0, **_CAPACITY, "balance_loss": 0.25, "balance_adaptation": 0.2}
     | {"drop_policy": "probability", "router_order": "topk-softmax", "renormalize": True},
+    "gpt-oss": {"router_order": "topk-softmax", "router_bias": True, "expert_bias": True, "activation": "swiglu_oai"}
+    | {"top_k": 4, "balance_loss": 0.25},
     "residual MoE": {"top_k": 1, "shared_size": 5, "shared_mode": "residual", "expert_bias": True, **_CAPACITY}
     | {"input_jitter": 0.125, "first_choices_first": False, "gated": False, "activation": "gelu"},
     "encoder": {**OPTIONS["expert choice"], "score": "sigmoid", "renormalize": True, "routed_scale": 2.5}
@@ -101,11 +106,18 @@ def layer_of(changes: Changes, *, dtype: torch.dtype = torch.float64, seed: int 
     layer.context.loss_scale = torch.tensor(LOSS_SCALE)
     with torch.no_grad():
         layer.router.weight.normal_(std=0.5)
+        if layer.config.router_bias:
+            layer.router.linear_bias.normal_(std=0.5)
         if layer.config.selection_bias:
             layer.router.bias.normal_(std=0.1)
         if layer.config.shared_mode != "added":
             layer.shared.gate.weight.normal_(std=0.5)
     return layer
+
+
+def step_of(*layers: MoELayer, **more: Any) -> RoutingStep:
+    """The protocol of a step for layers of one stack, the first one's."""
+    return RoutingStep({"decoder": (layers[0].context, layers)}, **more)
 
 
 def probe(layer: MoELayer) -> MoELayer:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import graft, moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.graft import graft
 from moewright.family.table import FAMILIES
 from moewright.moe.config import MoEConfig
 from tests.models import tiny_config, tiny_model

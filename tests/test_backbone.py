@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
-from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.formats import choose_format, read_sparse, refusals, sparse_fields
-from moewright.backbone.graft import configure, graft, moe_layers, routing_contexts, ungraft
+from moewright.backbone.blocks import configure, moe_layers, routing_contexts
+from moewright.backbone.formats.choose import choose_format, format_for, refusals
+from moewright.backbone.graft import graft, ungraft
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.errors import ModelError, MoewrightError, UsageError
-from moewright.family.table import backbone_config
+from moewright.family.config import backbone_config
 from moewright.moe.config import MoEConfig
 from tests.models import logits_of, relative, tiny_config, tiny_model, write_dense
 
@@ -95,9 +97,11 @@ def test_config_survives_both_ways(twin):
     model_type, order, layers, _ = next(case for case in CASES if case[3] == twin)
     config = tiny_config(model_type)
     configs = dict.fromkeys(layers, moe_config(router_order=order))
-    written = sparse_fields(choose_format(config, configs), config, configs, dtype=torch.float32)
-    found, backbone, read = read_sparse(written, record={"backbone": model_type, "shared_expert": "silent"}, tied=False)
-    assert (found.model_type, read) == (twin, configs)
+    written = choose_format(config, configs).config_fields(config, configs, dtype=torch.float32)
+    assert format_for(written).name == twin
+    record = {"backbone": model_type, "shared_expert": "silent"}
+    backbone, read = format_for(written).read(written, record=record, tied=False)
+    assert read == configs
     changed = {k for k, v in config.to_dict().items() if backbone.to_dict()[k] != v}
     assert changed <= {"architectures", "dtype", "intermediate_size", "sliding_window"}
 
@@ -125,7 +129,7 @@ def test_written_config_says_old_and_new_fields_alike():
     config = tiny_config("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0,
         "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64})  # fmt: skip
     layers = {0: moe_config(), 1: moe_config()}
-    fields = sparse_fields(choose_format(config, layers), config, layers, dtype=torch.float32)
+    fields = choose_format(config, layers).config_fields(config, layers, dtype=torch.float32)
     assert fields["rope_theta"] == fields["rope_parameters"]["rope_theta"] == 1e4
     assert fields["rope_scaling"]["factor"] == 8.0
     assert fields["torch_dtype"] == fields["dtype"]
@@ -142,7 +146,7 @@ def test_written_config_says_old_and_new_fields_alike():
 def test_what_no_twin_computes_is_refused(model_type, changes, layers, order, words):
     config = tiny_config(model_type, **changes)
     configs = dict.fromkeys(layers, moe_config(router_order=order))
-    assert choose_format(config, configs) is None, "so it is written as our own type"
+    assert choose_format(config, configs).name == "moewright"
     assert re.search(words, "; ".join(refusals(config, configs).values()))
     with pytest.raises(ModelError, match=f"format=mixtral: it does not compute this {model_type} model"):
         choose_format(config, configs, wanted="mixtral")
@@ -150,7 +154,7 @@ def test_what_no_twin_computes_is_refused(model_type, changes, layers, order, wo
 
 def test_layers_that_differ_fit_no_twin():
     config, layers = tiny_config("llama"), {0: moe_config(), 1: moe_config(num_experts=8)}
-    assert choose_format(config, layers) is None
+    assert choose_format(config, layers).name == "moewright"
     with pytest.raises(ModelError, match="differ from one another"):
         choose_format(config, layers, wanted="mixtral")
 

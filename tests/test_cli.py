@@ -238,7 +238,7 @@ def test_train_passes_overrides_through(library: Library, capsys: pytest.Capture
         peak_memory_bytes=1,
         final=Path("runs/x/final"),
     )
-    load_run, train = library("train.config.load_run", "the run"), library("train.loop.train", result)
+    load_run, train = library("train.run_file.load_run", "the run"), library("train.loop.train", result)
     overrides = ["--train.steps", "3", "--data.files", "a b", "--out=runs/x", "--train.learning_rate", "-1"]
     assert cli.main(["train", "run.toml", *overrides, "--json"]) == 0
     load_run.assert_called_once_with(Path("run.toml"), tuple(overrides))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from moewright.backbone.folder import load_model, save_model
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.errors import ModelError
 from tests.sparse import grafted, model_of, moe_of
 

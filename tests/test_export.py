@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moewright.backbone.folder import Form, form_of, load_model, save_model, write_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.formats.base import Format
+from moewright.backbone.load import load_model
+from moewright.backbone.save import format_of, save_model, write_model
 from moewright.cli import main
 from moewright.errors import ModelError
 from moewright.evaluate.compare import compare_logits
@@ -112,7 +114,7 @@ def test_what_is_not_read_back_to_the_bit_is_not_kept(tmp_path, monkeypatch):
 
 def test_what_transformers_does_not_load_is_not_kept(tmp_path, monkeypatch):
     source = sparse_folder(tmp_path / "own")
-    monkeypatch.setattr(Form, "fields", lambda self, model: {"model_type": "mixtral", "hidden_size": "?"})
+    monkeypatch.setattr(Format, "fields", lambda self, model: {"model_type": "mixtral", "hidden_size": "?"})
     monkeypatch.setattr(export, "_write", write_only)
     with pytest.raises(ModelError, match="does not load what was written"):
         export_folder(source, tmp_path / "out")
@@ -143,8 +145,8 @@ def test_texts_go_past_the_sliding_window(tmp_path, capsys):
 
 @pytest.mark.parametrize("wrong", [63, 65, None])
 def test_a_wrong_sliding_window_is_found(tmp_path, monkeypatch, capsys, wrong):
-    source, fields = windowed(tmp_path / "own", sliding_window=64), Form.fields
-    monkeypatch.setattr(Form, "fields", lambda self, model: fields(self, model) | {"sliding_window": wrong})
+    source, fields = windowed(tmp_path / "own", sliding_window=64), Format.fields
+    monkeypatch.setattr(Format, "fields", lambda self, model: fields(self, model) | {"sliding_window": wrong})
     assert main(["export", str(source), str(tmp_path / "out"), "--to", "mixtral"]) == 2
     assert "logits differ by" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -156,10 +158,10 @@ DYNAMIC |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 def test_texts_go_past_the_original_length_of_rotary_scaling(tmp_path, monkeypatch):
     model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")), rope_parameters=DYNAMIC)
-    source, fields = save_model(model, tmp_path / "own", format="moewright"), Form.fields
+    source, fields = save_model(model, tmp_path / "own", format="moewright"), Format.fields
     assert export_folder(source, tmp_path / "out", to="mixtral").proof.longest_text == 96
     wrong = dict.fromkeys(("rope_parameters", "rope_scaling"), DYNAMIC | {"long_factor": [2.0, 2.0, 2.0, 2.1]})
-    monkeypatch.setattr(Form, "fields", lambda self, model: fields(self, model) | wrong)
+    monkeypatch.setattr(Format, "fields", lambda self, model: fields(self, model) | wrong)
     with pytest.raises(ModelError, match="logits differ by"):
         export_folder(source, tmp_path / "wrong", to="mixtral")
 
@@ -269,7 +271,7 @@ def test_choices_are_compared_by_what_they_were_made_by():
 )
 def test_runtimes_are_named_with_the_reason(model_type, changes, wanted, refused):
     model = grafted(model_type, dict.fromkeys((0, 1), moe_of(model_type, **changes)))
-    rows = {row.runtime: row for row in runtimes(form_of(model, wanted=wanted), model)}
+    rows = {row.runtime: row for row in runtimes(format_of(model, wanted=wanted), model)}
     assert {name for name, row in rows.items() if row.loads == "no"} == refused.keys()
     assert all(words in rows[name].why for name, words in refused.items())
 
@@ -284,7 +286,7 @@ def test_runtimes_are_named_with_the_reason(model_type, changes, wanted, refused
 )
 def test_what_sglang_overlooks_in_mixtral_is_named(config, words):
     model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")), **config)
-    rows = {row.runtime: row for row in runtimes(form_of(model), model)}
+    rows = {row.runtime: row for row in runtimes(format_of(model), model)}
     assert words in rows[SGLANG].why
 
 
@@ -292,12 +294,12 @@ def test_whether_runtimes_slide_is_not_known():
     layers = {1: moe_of("mistral")}
     for window, loads in ((None, {"yes", "no"}), (6, {"unknown"})):
         model = grafted("mistral", layers, sliding_window=window)
-        assert {row.loads for row in runtimes(form_of(model, wanted="qwen2_moe"), model)} == loads
+        assert {row.loads for row in runtimes(format_of(model, wanted="qwen2_moe"), model)} == loads
 
 
 def test_no_runtime_knows_glm_with_another_activation():
     model = grafted("llama", {1: moe_of("llama", score="sigmoid", activation="gelu")}, hidden_act="gelu")
-    assert {row.why for row in runtimes(form_of(model, wanted="glm4_moe"), model)} == {
+    assert {row.why for row in runtimes(format_of(model, wanted="glm4_moe"), model)} == {
         "it knows no activation but silu, and this is gelu"
     }
 
@@ -315,6 +317,15 @@ def test_layers_that_become_sparse_late_are_probed_too(tmp_path):
     model = grafted("llama", {5: moe_of("llama")}, num_hidden_layers=6)
     report = export_folder(save_model(model, tmp_path / "own", format="moewright"), tmp_path / "out", to="qwen2_moe")
     assert not report.proof.problems
+
+
+@pytest.mark.parametrize("changes", [{"balance_scope": "global"}, {"balance_adaptation": 0.2, "capacity_factor": 1.0}])
+def test_what_only_training_reads_is_left_behind(tmp_path, changes):
+    source = sparse_folder(tmp_path / "own", balance_loss=0.1, **changes)
+    report = export_folder(source, tmp_path / "out", to="qwen2_moe")
+    assert not report.proof.problems
+    moving = load_model(source).state_dict().keys() - load_model(tmp_path / "out").state_dict().keys()
+    assert {name.rpartition(".")[2] for name in moving} in ({"previous_counts"}, {"balance_coefficient"})
 
 
 def test_the_reference_leaves_padding_out():

@@ -14,18 +14,22 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import moewright.auto  # noqa: F401  # registers our type
 from moewright.backbone.auto_type import MoewrightForCausalLM
-from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.formats import FORMATS, choose_format, settings_from
-from moewright.backbone.graft import graft, moe_layers, routing_contexts, ungraft
+from moewright.backbone.blocks import moe_layers, routing_contexts
+from moewright.backbone.formats.choose import FORMATS, choose_format
+from moewright.backbone.formats.own import settings_from
+from moewright.backbone.graft import graft, ungraft
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.backbone.skeleton import has_tied_head, untie_head
 from moewright.errors import ModelError, UsageError
 from moewright.evaluate.perplexity import evaluate_files
+from moewright.family.config import chosen_layers
 from moewright.family.table import FAMILIES as TABLE
-from moewright.family.table import chosen_layers, dense_families
-from moewright.train.config import load_run
+from moewright.family.table import dense_families
+from moewright.train.run_file import load_run
 from moewright.train.start import start
+from moewright.upcycle.apply import upcycling_of
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.plan import plan_upcycle
 from tests.models import (
     FAMILIES,
     SIZES,
@@ -100,7 +104,7 @@ def test_our_own_type_takes_few_arguments(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").device.type == "cpu"
     with pytest.raises(UsageError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"load_in_8bit": True})
-    with pytest.raises(UsageError, match="has no experts_implementation"):
+    with pytest.raises(UsageError, match=r"^experts_implementation: of a folder"):
         AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     with pytest.raises(UsageError, match="config is a LlamaConfig"):
         MoewrightForCausalLM.from_pretrained(folder, config=tiny_config("llama"))
@@ -108,104 +112,42 @@ def test_our_own_type_takes_few_arguments(tmp_path):
         AutoModelForCausalLM.from_pretrained(folder, device_map={"model": 0, "lm_head": 1})
 
 
-OWN_FOLDER_CHANGES = [
-    ({"use_cache": False}, {"use_cache": False}),
-    ({"rms_norm_eps": 1e-3, "attention_dropout": 0.5}, {"rms_norm_eps": 1e-3, "attention_dropout": 0.5}),
-    ({"output_hidden_states": True}, {"output_hidden_states": True}),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}, {}),
-]
-
-
-@pytest.mark.parametrize(("changes", "expected"), OWN_FOLDER_CHANGES)
-@pytest.mark.parametrize("way", ["argument", "attribute", "backbone"])
-def test_changes_of_our_own_types_config_are_taken(tmp_path, changes, expected, way):
+@pytest.mark.parametrize("way", ["argument", "config", "config's backbone"])
+@pytest.mark.parametrize("change", [{"use_cache": False}, {"hidden_size": 64}, {"rms_norm_eps": 1e-3}])
+def test_of_a_config_nothing_changes_but_dtype_and_attention(tmp_path, change, way):
     folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
-    config, arguments = AutoConfig.from_pretrained(folder), {}
+    config = AutoConfig.from_pretrained(folder)
     if way == "argument":
-        arguments = changes
-    elif way == "attribute":
-        for name, value in changes.items():
-            setattr(config, name, value)
-        arguments = {"config": config}
+        arguments = change
     else:
-        config.backbone.update(changes)
         arguments = {"config": config}
-    model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    assert {name: getattr(model.config, name) for name in expected} == expected
-    dense = load_model(folder)
-    for name, value in changes.items():
-        setattr(dense.config, name, value)
-    wanted = type(dense)(dense.config)  # transformers' own class under the changed config
-    graft(wanted, {0: moe_of("llama", score="sigmoid")})
-    wanted.load_state_dict(dense.state_dict())
-    assert torch.equal(logits_of(model, INPUT), logits_of(wanted.eval(), INPUT))
-    same_state(model, dense)
-    random = AutoModelForCausalLM.from_config(config, **({} if way != "argument" else changes))
-    assert {name: getattr(random.config, name) for name in expected} == expected
+        config.backbone.update(change if way != "config" else {})
+        for name, value in change.items() if way == "config" else ():
+            setattr(config, name, value)
+    with pytest.raises(UsageError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    name = "backbone" if way == "config's backbone" else next(iter(change))
+    assert str(caught.value) == (
+        f"{name}: of a folder of type moewright only dtype, device_map and attn_implementation can be chosen when it "
+        "is loaded; change its config.json, or the loaded model"
+    )
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").dtype == torch.bfloat16
+    again = AutoConfig.from_pretrained(folder)
+    again.dtype = "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(folder, config=again).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(folder, config=again, dtype=torch.float32).dtype == torch.float32
 
 
-def test_changes_of_sparse_layers_and_dtype_are_taken(tmp_path):
+def test_sparse_layers_are_changed_in_the_folder_or_where_weights_are_random(tmp_path):
     folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
     config = AutoConfig.from_pretrained(folder)
     config.sparse_layers[0]["top_k"], config.dtype = 1, "bfloat16"
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config)
-    assert (moe_layers(model)[0].config.top_k, model.dtype) == (1, torch.bfloat16)
-    assert AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).dtype == torch.float32
-    assert AutoModelForCausalLM.from_config(config).dtype == torch.bfloat16
-    config.sparse_layers[0]["num_experts"] = 5
-    with pytest.raises(UsageError, match="sparse_layers: the weights do not follow"):
+    with pytest.raises(UsageError, match=r"^sparse_layers: of a folder"):
         AutoModelForCausalLM.from_pretrained(folder, config=config)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"hidden_size": 64}, "hidden_size: the weights do not follow"),
-        ({"num_hidden_layers": 1}, "num_hidden_layers: the weights do not follow"),
-        ({"vocab_size": 300, "use_cache": False}, "vocab_size, use_cache|use_cache, vocab_size"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings: the weights do not follow"),
-        ({"attention_bias": True}, "attention_bias: the weights do not follow"),
-        ({"output_router_logits": True}, "output_router_logits=True: .* does not hear"),
-        ({"num_experts_per_tok": 1}, "num_experts_per_tok=1: .* does not hear"),
-        ({"rope_theta": 5.0}, "rope_theta=5.0: .* does not hear"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu': the experts do not hear .* activation in sparse_layers"),
-        ({"intermediate_size": 999}, "intermediate_size=999: the experts .* expert_size in sparse_layers"),
-        ({"mlp_bias": True}, "mlp_bias=True: the experts do not hear .* expert_bias in sparse_layers"),
-        ({"rms_norm_eps": "abc"}, "rms_norm_eps: no llama config can be changed so: .*expected float"),
-    ],
-)
-@pytest.mark.parametrize("way", ["argument", "attribute", "backbone"])
-def test_changes_that_nothing_follows_are_refused_by_name(tmp_path, changes, words, way):
-    folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
-    config, arguments = AutoConfig.from_pretrained(folder), {}
-    if way == "argument":
-        arguments = changes
-    elif way == "attribute":
-        for name, value in changes.items():
-            setattr(config, name, value)
-    else:
-        config.backbone.update(changes)
-    with pytest.raises(UsageError, match=words) as caught:
-        AutoModelForCausalLM.from_pretrained(folder, config=config, **arguments)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "changes"),
-    [
-        ("gemma2", {"hidden_activation": "relu"}),
-        ("gpt_neox", {"hidden_act": "relu", "intermediate_size": 999}),
-        ("bart", {"activation_function": "relu", "encoder_ffn_dim": 999, "decoder_ffn_dim": 999}),
-        ("mt5", {"feed_forward_proj": "relu", "dense_act_fn": "relu", "is_gated_act": False, "d_ff": 999}),
-    ],
-)
-def test_what_only_dense_blocks_hear_is_refused_where_all_layers_are_sparse(tmp_path, model_type, changes):
-    model = grafted(model_type, dict.fromkeys(range(len(TABLE[model_type].stacks) * 2), moe_of(model_type)))
-    folder = save_model(model, tmp_path / "own", format="moewright")
-    auto = AutoModelForSeq2SeqLM if TABLE[model_type].seq2seq else AutoModelForCausalLM
-    for name, value in changes.items():
-        with pytest.raises(UsageError, match=f"{name}=.*the experts do not hear .* in sparse_layers"):
-            auto.from_pretrained(folder, **{name: value})
+    model = AutoModelForCausalLM.from_config(config)
+    assert (moe_layers(model)[0].config.top_k, model.dtype) == (1, torch.bfloat16)
+    with pytest.raises(UsageError, match=r"^use_cache: of a folder"):
+        AutoModelForCausalLM.from_config(config, use_cache=False)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bart"])
@@ -268,19 +210,12 @@ def test_our_own_config_answers_for_its_backbone_and_is_written_as_before(tmp_pa
     ["state_dict", "ignore_mismatched_sizes", "max_memory", "quantization_config", "generation_config",
      "output_loading_info"],
 )  # fmt: skip
-def test_arguments_that_ask_for_what_we_do_not_do_are_refused_by_name(tmp_path, name):
+def test_arguments_that_ask_for_more_are_refused_by_name(tmp_path, name):
     folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
     value = {"some": torch.ones(3)} if name in ("state_dict", "max_memory", "quantization_config") else True
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UsageError, match=f"^{name}: of a folder of type moewright only dtype"):
         AutoModelForCausalLM.from_pretrained(folder, **{name: value})
-    assert str(caught.value) == f"from_pretrained: {name} is not supported for a folder of type moewright; leave it out"
     assert AutoModelForCausalLM.from_pretrained(folder, ignore_mismatched_sizes=False, output_loading_info=False)
-
-
-def test_a_change_that_makes_no_config_is_named(tmp_path):
-    folder = save_model(grafted("qwen2", {0: moe_of("qwen2", score="sigmoid")}), tmp_path / "own", format="moewright")
-    with pytest.raises(UsageError, match=r"^num_hidden_layers: no qwen2 config can be changed so: "):
-        AutoModelForCausalLM.from_pretrained(folder, num_hidden_layers=1)
 
 
 SPARSE = [
@@ -405,7 +340,7 @@ def test_a_model_from_our_config_alone_has_weights(tmp_path):
         ({"num_local_experts": 10**9}, "calls for"),
         ({"pad_token_id": 999}, "makes no model"),
         ({"vocab_size": None}, "makes no model"),
-        ({"rms_norm_eps": float("inf")}, "Infinity is no number"),
+        ({"rms_norm_eps": float("inf")}, "Infinity is not a number"),
     ],
 )
 def test_numbers_that_make_no_model_are_refused_at_once(tmp_path, fields, words):
@@ -518,7 +453,7 @@ def test_experts_choose_in_encoders_only(tmp_path):
 def test_dropout_between_the_projections_is_named(tmp_path):
     source = write_dense(tmp_path / "dense", "bart", activation_dropout=0.25)
     with pytest.warns(UserWarning, match=r"activation_dropout=0\.25"):
-        plan_upcycle(source, UpcycleConfig(experts=4, top_k=2))
+        upcycling_of(source, UpcycleConfig(experts=4, top_k=2))
 
 
 def test_a_head_of_its_own_that_t5_configs_do_not_tell_of(tmp_path):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from moewright.errors import UsageError
 from moewright.upcycle import neurons
 from moewright.upcycle.cluster import activation_features, balanced_clusters, unit_rows
-from moewright.upcycle.importance import batch_importance
 from moewright.upcycle.methods import take
+from moewright.upcycle.observe import first_order
+from tests.upcycling import complete
 
 
 def draws(seed=0):
@@ -51,10 +52,10 @@ def test_every_virtual_group_holds_every_neuron_once(kind, parts, size, copies, 
         for expert in range(group * parts, (group + 1) * parts):
             held += table[expert].tolist()
         assert sorted(held) == list(range(width))
-    assert neurons.complete(table, granularity=parts, width=width, shared_S=shared_S)
+    assert complete(table, granularity=parts, width=width, shared_S=shared_S)
     order = neurons.permuted(table, seed=1, layer=2)
     assert torch.equal(order.sort(dim=1).values, table.sort(dim=1).values)
-    assert neurons.complete(order, granularity=parts, width=width, shared_S=shared_S)
+    assert complete(order, granularity=parts, width=width, shared_S=shared_S)
 
 
 def test_incomplete_tables_are_seen():
@@ -63,9 +64,9 @@ def test_incomplete_tables_are_seen():
     twice[0, 0] = 1
     elsewhere[[0, 4]] = table[[4, 0]]  # each neuron as often as before, but not in each group
     for wrong in (twice, elsewhere, table[:, :3]):
-        assert not neurons.complete(wrong, granularity=3, width=12)
-    assert not neurons.complete(table, granularity=3, width=13)
-    assert not neurons.complete(table, granularity=3, width=12, shared_S=torch.tensor([3]))
+        assert not complete(wrong, granularity=3, width=12)
+    assert not complete(table, granularity=3, width=13)
+    assert not complete(table, granularity=3, width=12, shared_S=torch.tensor([3]))
 
 
 def test_contiguous_is_the_index_rule_of_virtual_groups():
@@ -121,20 +122,16 @@ def test_carved_are_the_most_important_and_of_equals_the_first():
 @given(data=st.data())
 def test_split_by_importance_deals_as_moebert(data):
     experts = data.draw(st.integers(1, 5), label="experts")
-    width = data.draw(st.integers(experts, 40), label="width")
-    expert_width = data.draw(st.integers(1, width), label="expert_width")
-    shared = data.draw(st.integers(0, expert_width), label="shared")
+    size = data.draw(st.integers(1, 8), label="size")
+    shared = data.draw(st.integers(0, size), label="shared")
+    width = experts * size
     importance = torch.tensor(data.draw(st.permutations(range(width)), label="importance"), dtype=torch.float32)
     ranked = sorted(range(width), key=lambda j: -importance[j].item())
     hands = [ranked[:shared] for _ in range(experts)]
     for place, neuron in enumerate(ranked[shared:]):
         hands[place % experts] = [*hands[place % experts], neuron]
-    if min(len(hand) for hand in hands) < expert_width:
-        with pytest.raises(UsageError, match="expert width"):
-            neurons.important(importance, experts=experts, shared=shared, expert_width=expert_width)
-        return
-    found = neurons.important(importance, experts=experts, shared=shared, expert_width=expert_width)
-    assert found.tolist() == [hand[:expert_width] for hand in hands]
+    found = neurons.important(importance, experts=experts, shared=shared)
+    assert found.tolist() == [hand[:size] for hand in hands]
 
 
 def test_split_of_the_same_size_drops_the_least_important():
@@ -278,6 +275,12 @@ def test_neurons_that_fire_together_share_an_expert():
 
 
 # -- importance --
+
+
+def batch_importance(weights, gradients):
+    """|sum of weight times gradient| over all weights of a neuron, for one batch."""
+    parts = [first_order(part, weight, gradients[part]) for part, weight in weights.items() if part != "down_bias"]
+    return torch.stack(parts).sum(dim=0).abs()
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -30,6 +30,7 @@ ILLEGAL = {
     ("normal noise", "expert choice"): ("logit_noise=0.5", "choice=expert"),
     ("gumbel noise", "expert choice"): ("logit_noise=1.0", "choice=expert"),
     ("logit_norm", "z_loss"): ("logit_norm=1.5", "z_loss=0.125"),
+    ("no gate", "clamped SwiGLU"): ("gated=False", "activation=swiglu_oai"),
     ("expert choice", "capacity"): ("choice=expert", "capacity factor"),
     ("expert choice", "evaluation capacity"): ("choice=expert", "capacity factor"),
     ("expert choice", "drop by probability"): ("choice=expert", "capacity factor"),

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from moewright.backbone.folder import load_model, save_model
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import load_model
+from moewright.backbone.save import save_model
 from moewright.errors import ModelError
 from tests.models import logits_of, plain_transformers, relative, tiny_model
 from tests.sparse import grafted, moe_of, same_state

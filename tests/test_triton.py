@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moewright.errors import UsageError
-from moewright.moe.activations import ACTIVATIONS
-from moewright.moe.dispatch import Permutation, sort_by_expert
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.activations import ACTIVATIONS, GATED_ACTIVATIONS, activation_named
+from moewright.moe.exchange import Permutation, sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels.loop import loop
 from moewright.moe.kernels.triton import _ACTIVATIONS, _experts, _experts_backward, require_triton, triton
 
@@ -129,11 +129,12 @@ def test_output_and_gradients_in_sixteen_bits(dtype: torch.dtype) -> None:
 
 
 def test_it_has_every_activation() -> None:
-    assert set(_ACTIVATIONS) == set(ACTIVATIONS)
-    x = torch.linspace(-4, 4, 33)
+    assert set(_ACTIVATIONS) == set(ACTIVATIONS | GATED_ACTIVATIONS)
+    x = torch.linspace(-8, 8, 33)[:, None].expand(-1, 2)
     codes = dict(zip(_ACTIVATIONS.values(), _ACTIVATIONS, strict=True))
     for name, code in _ACTIVATIONS.items():  # one name of each is tested below
-        torch.testing.assert_close(ACTIVATIONS[name](x), ACTIVATIONS[codes[code]](x))
+        one, other = (activation_named(found, gated=True) for found in (name, codes[code]))
+        torch.testing.assert_close(one(x), other(x))
 
 
 @pytest.mark.parametrize("activation", sorted({code: name for name, code in _ACTIVATIONS.items()}.values()))
@@ -303,8 +304,12 @@ def test_what_it_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"no product of torch.float64: use kernel 'loop'"):
         problem.run(double)
     problem.activation = "xielu"
-    with pytest.raises(UsageError, match="no activation 'xielu': use kernel 'grouped' or 'loop'"):
+    with pytest.raises(UsageError, match="activation='xielu': choose one of gelu, "):
         problem.run(leaves)
+    problem.activation, problem.gated = "swiglu_oai", False
+    with pytest.raises(UsageError, match="activation='swiglu_oai': choose one of gelu, "):
+        problem.run(leaves)
+    problem.gated = True
     problem.activation = "silu"
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     on_cpu = [None if leaf is None else leaf.detach().cpu() for leaf in leaves]

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from moewright.backbone.folder import empty_model_of, folder_dtype
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
+from moewright.backbone.load import folder_dtype, open_skeleton
 from moewright.backbone.sizes import parameter_counts
 from moewright.backbone.skeleton import embedding_of, has_tied_head
 from moewright.checkpoint.read import RECORD, ModelFolder
@@ -20,7 +20,7 @@ def inspect_folder(path: str | Path, *, checksums: bool = False) -> dict[str, An
     folder = ModelFolder(path)
     if checksums:
         folder.verify_checksums()
-    model, form = empty_model_of(folder)
+    model, written_as = open_skeleton(folder)
     family = family_of(model.config)
     places = family.places(model.config)
     counts, sparse = parameter_counts(model), moe_layers(model)
@@ -29,7 +29,7 @@ def inspect_folder(path: str | Path, *, checksums: bool = False) -> dict[str, An
     facts: dict[str, Any] = {
         "folder": str(folder.path),
         "kind": "sparse" if sparse else "dense",
-        "model_type": form.name(model),
+        "model_type": written_as.name,
         "backbone": model.config.model_type,
         "layers": len(places),
         "hidden_size": model.config.hidden_size,

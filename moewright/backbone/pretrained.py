@@ -1,6 +1,6 @@
-"""What transformers, and who builds on it, calls on a model with MoELayers: `save_pretrained` and `load_state_dict`.
+"""`save_pretrained` and `load_state_dict` of a model with MoELayers, which transformers and others call.
 
-In memory the model has names of its own, on disk those of the layout it is written in. `Trainer` saves by the one and
+In memory the model has names of its own, on disk those of the format it is written in. `Trainer` saves by the one and
 resumes by the other.
 """
 
@@ -11,20 +11,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.hub import convert_file_size_to_int
 
-from moewright.backbone.folder import RECOMPUTED, Form, form_of, write_model
-from moewright.backbone.formats import TWINS
-from moewright.backbone.graft import graft, moe_layers
-from moewright.backbone.layout import Slot
+from moewright.backbone.blocks import moe_configs, put_in
+from moewright.backbone.formats.choose import TWINS, formats_of
+from moewright.backbone.save import format_of, write_model
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
-from moewright.checkpoint.files import some
+from moewright.backbone.slots import Slot
 from moewright.checkpoint.write import SHARD_BYTES, FolderWriter
-from moewright.errors import ModelError, UsageError
+from moewright.errors import ModelError, UsageError, listed
 from moewright.family.table import family_of
+
+RECOMPUTED: Final = (r"rotary_emb\.inv_freq$", r"embed_positions\.weights$")
+"""Tensors that old versions stored, and that are computed from the config."""
 
 TAKEN: Final[dict[str, tuple[Any, ...]]] = {
     "safe_serialization": (True, None),
@@ -64,16 +66,16 @@ def save_pretrained(
     if not is_main_process:
         return
     held = _holding(model, state_dict if state_dict is not None else model.state_dict())
-    form = form_of(held)
+    written_as = format_of(held)
     with FolderWriter(Path(save_directory), into=True) as writer:
         if model.can_generate():
             model.generation_config.save_pretrained(writer.path)  # first, since it refuses senseless settings
-        write_model(writer, held, form, max_shard_bytes=shard_bytes)
-        writer.commit(form.record(held))
+        write_model(writer, held, written_as, max_shard_bytes=shard_bytes)
+        writer.commit(written_as.record(held))
 
 
 def take_names_on_disk(
-    model: PreTrainedModel,
+    model: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
     _metadata: Any,
@@ -82,13 +84,15 @@ def take_names_on_disk(
     _unexpected_keys: list[str],
     error_msgs: list[str],
 ) -> None:
-    """Let `load_state_dict` take the tensors of a folder by their names on disk, in any format that holds the model.
+    """Pre-hook of `load_state_dict`, which lets it take the tensors of a folder by their names on disk, in any format
+    that holds the model.
 
     They are put into the model here; what has a name in memory, or one that nobody knows, is left to torch. What old
     versions stored and a config says is dropped. A state may be a part of a model, as one shard is. Raises `ModelError`
     where some of it is this model's, but feed-forward weights in it are those of a dense model, or of a format that
     does not compute this one.
     """
+    assert isinstance(model, PreTrainedModel)
     for name in [name for name in state_dict if any(re.search(pattern, name) for pattern in RECOMPUTED)]:
         del state_dict[name]
     given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
@@ -104,21 +108,22 @@ def take_names_on_disk(
         if slot.tied or slot.name in held:
             continue
         if slot.fill is not None:
-            found = state_dict.pop(prefix + slot.name, None)
-            if found is not None and slot.must_match and not bool(found.eq(slot.fill).all()):
+            given_tensor = state_dict.pop(prefix + slot.name, None)
+            if given_tensor is not None and slot.contradicts(given_tensor):
                 error_msgs.append(f"{slot.name} is not {slot.fill:g} everywhere, as this model has it.")
             continue
-        name = slot.name_in_memory(model)
+        name, _ = slot.place(model)
         if slot.name not in given:
             partly.setdefault(name, []).append(prefix + slot.name)
             continue
-        found, live = state_dict.pop(prefix + slot.name), slot.view(model).detach()
+        given_tensor, live = state_dict.pop(prefix + slot.name), slot.view(model).detach()
         if live.is_meta or isinstance(live, DTensor):
             raise ModelError(f"{name} is not here as a whole, so {slot.name} cannot be put into it; use load_model")
-        if found.shape != live.shape:
-            error_msgs.append(f"size mismatch for {slot.name}: {list(found.shape)}, the model's is {list(live.shape)}.")
+        if given_tensor.shape != slot.shape:
+            shapes = f"{list(given_tensor.shape)}, the model's is {list(slot.shape)}"
+            error_msgs.append(f"size mismatch for {slot.name}: {shapes}.")
         else:
-            live.copy_(found / slot.factor if slot.factor != 1.0 else found)
+            live.copy_(slot.from_disk(given_tensor))
         taken.add(name)
     for name in taken:
         state_dict[prefix + name] = _tensor(model, name)  # which torch copies onto itself, and counts as loaded
@@ -127,18 +132,17 @@ def take_names_on_disk(
 
 def _holding(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """A model like this one whose parameters are the tensors of `state`, without a copy."""
-    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
     held = empty_model(copy.deepcopy(model.config), dtype=model.dtype)
     if has_tied_head(held) and not has_tied_head(model):
         untie_head(held)
-    graft(held, layers)
+    put_in(held, moe_configs(model))
     odd = [name for name, tensor in state.items() if isinstance(tensor, DTensor) or tensor.is_meta]
     if odd:
-        raise ModelError(f"save_pretrained: {some(odd)} are sharded or offloaded; gather them, and pass state_dict=")
+        raise ModelError(f"save_pretrained: {listed(odd)} are sharded or offloaded; gather them, and pass state_dict=")
     unknown = set(state) - _names_in_memory(held)
     if on_disk := sorted(unknown & {slot.name for slot in _slots_with(held, unknown)}):
         raise ModelError(
-            f"save_pretrained: {some(on_disk)} are names on disk; state_dict takes the names in memory, those of "
+            f"save_pretrained: {listed(on_disk)} are names on disk; state_dict takes the names in memory, those of "
             "model.state_dict()"
         )
     try:
@@ -148,11 +152,11 @@ def _holding(model: PreTrainedModel, state: Mapping[str, Tensor]) -> PreTrainedM
     held.tie_weights()
     if result.unexpected_keys:
         raise ModelError(
-            f"save_pretrained: {some(result.unexpected_keys)} are no weights of a {model.config.model_type} model with "
-            "these MoE layers; merge or take out what was added to it (adapters: merge_and_unload)"
+            f"save_pretrained: {listed(result.unexpected_keys)} are no weights of a {model.config.model_type} model "
+            "with these MoE layers; merge or take out what was added to it (adapters: merge_and_unload)"
         )
     if missing := [name for name, parameter in held.named_parameters() if parameter.is_meta]:
-        raise ModelError(f"save_pretrained: state_dict lacks {some(missing)}; pass the state of the whole model")
+        raise ModelError(f"save_pretrained: state_dict lacks {listed(missing)}; pass the state of the whole model")
     return held
 
 
@@ -163,12 +167,9 @@ def _names_in_memory(model: PreTrainedModel) -> set[str]:
 
 
 def _slots_with(model: PreTrainedModel, names: set[str]) -> list[Slot]:
-    """The tensors of the form that has most of these names, of those that compute this model; the first of equals."""
-    layers = {layer: moe.config for layer, moe in moe_layers(model).items()}
-    twins = [twin for twin in TWINS.values() if model.config.model_type in twin.backbones]
-    forms = [Form(twin=twin) for twin in twins if twin.refuses(model.config, layers) is None]
-    found = [form.slots(model) for form in (*forms, Form())]
-    return max(found, key=lambda slots: sum(slot.name in names for slot in slots))
+    """The tensors of the format that has most of these names, of those that hold this model; the first of equals."""
+    candidates = [written_as.slots(model) for written_as in formats_of(model.config, moe_configs(model))]
+    return max(candidates, key=lambda slots: sum(slot.name in names for slot in slots))
 
 
 def _require_no_half(model: PreTrainedModel, given: set[str], *, strange: set[str]) -> None:
@@ -177,15 +178,15 @@ def _require_no_half(model: PreTrainedModel, given: set[str], *, strange: set[st
         return
     family = family_of(model.config)
     form = family.form_of(model.config)
-    inside = [template.removeprefix("{layer}.") for twin in TWINS.values() for template in twin.layout.parts.values()]
+    inside = [template.removeprefix("{layer}.") for twin in TWINS for template in twin.parts.values()]
     inside = [re.escape(name).replace(re.escape("{expert}"), r"\d+") for name in inside]
     for layer, place in enumerate(family.places(model.config)):
         dense = [place.path(name).removeprefix(f"{place.layer}.") for name in (form.gate, form.up, form.down) if name]
         pattern = "|".join([*inside, *(rf"{re.escape(name)}\.(weight|bias)" for name in dense)])
         if found := sorted(name for name in strange if re.fullmatch(rf"{re.escape(place.layer)}\.({pattern})", name)):
             raise ModelError(
-                f"load_state_dict: layer {layer} has {some(found)}, and no place for it: these are weights of another "
-                "model, or of a format that does not compute this one; load their folder with load_model"
+                f"load_state_dict: layer {layer} has {listed(found)}, and no place for it: these are weights of "
+                "another model, or of a format that does not compute this one; load their folder with load_model"
             )
 
 

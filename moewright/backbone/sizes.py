@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
 from moewright.backbone.skeleton import embedding_of, has_tied_head
 
 

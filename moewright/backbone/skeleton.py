@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from moewright.family.table import config_errors, family_of
+from moewright.family.config import config_errors
+from moewright.family.table import family_of
 
 
 @contextmanager
@@ -71,21 +72,3 @@ def longest_text(model: PreTrainedModel) -> int:
     """How many tokens a model takes at once; T5, whose positions are relative, any number."""
     most: int = getattr(model.config, "max_position_embeddings", None) or 2**31
     return most
-
-
-def materialise(model: nn.Module) -> None:
-    """Replace every meta parameter by uninitialised memory on CPU, and every meta buffer by zeros.
-
-    Tied parameters stay tied. The only buffers on meta are the statistics of grafted layers, which start at zero.
-    """
-    moved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in moved:
-                    empty: Tensor = torch.empty_like(parameter, device="cpu")
-                    moved[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-                module._parameters[name] = moved[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.zeros_like(buffer, device="cpu")

@@ -1,71 +1,76 @@
-"""Moving a new model into a folder that holds other things, too: all of them stay, and no half model is ever seen."""
+"""Moving a payload into a folder that also holds other files: these stay, and nobody sees half a payload."""
 
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from moewright.checkpoint.check import difference
-from moewright.checkpoint.files import FileRecord, parse_records, read_json, sync
-from moewright.checkpoint.read import CONFIG, INDEX, RECORD, WEIGHTS
+from moewright.checkpoint.disk import sync
+from moewright.checkpoint.files import FileRecord
+from moewright.checkpoint.untrusted import parse_records, read_json
 from moewright.errors import ModelError
 
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
+@dataclass(frozen=True)
+class Move:
+    """The way of a payload from ``work``, where it was written, into ``home``.
 
-class Move(NamedTuple):
-    """What is to be done, in this order."""
-
-    going: list[str]
-    coming: list[str]
-
-
-def plan_move(work: Path, home: Path) -> Move:
-    """What puts the model in ``work``, which is written whole, into ``home`` in place of the model there.
-
-    ModelError if a folder is in the way, or ``work`` is not what we left.
+    ``home`` holds no payload while ``key`` is away, which leaves first and arrives last; ``marker``, the last file that
+    was written, arrives just before it. A move that was interrupted is finished by being planned and done once more.
     """
-    files = _files(work / RECORD)
-    coming = [name for name in (*sorted(files.keys() - {CONFIG, RECORD}), RECORD, CONFIG) if (work / name).exists()]
-    old = {file.name for file in home.iterdir() if file.name in (WEIGHTS, INDEX) or SHARD.fullmatch(file.name)}
-    for name in (*coming, *old, RECORD, CONFIG):
-        if (home / name).is_dir():
-            raise ModelError(f"{home}: a folder {name} is in the way; choose another folder, or move it")
-        if (work / name).is_symlink():
-            raise ModelError(f"{work}: {name} is a link, which we did not leave there; remove the folder")
-    return Move(sorted({*old, RECORD} - files.keys()), coming)
+
+    work: Path
+    home: Path
+    marker: str
+    key: str
+    """The file by which readers know such a payload."""
+    replaced: Callable[[str], bool]
+    """Whether a file of this name in ``home`` belongs to the old payload; marker and key do, in any case."""
+
+    def plan(self) -> tuple[list[str], list[str]]:
+        """Names of files to be deleted from ``home``, and to be moved there from ``work``, which is written whole.
+
+        ModelError if a folder is in the way, or ``work`` is not as we left it.
+        """
+        files = _files(self.work / self.marker)
+        order = (*sorted(files.keys() - {self.key, self.marker}), self.marker, self.key)
+        moved = [name for name in order if (self.work / name).exists()]
+        old = {file.name for file in self.home.iterdir() if self.replaced(file.name)}
+        for name in (*moved, *old, self.marker, self.key):
+            if (self.home / name).is_dir():
+                raise ModelError(f"{self.home}: a folder {name} is in the way; choose another folder, or move it")
+            if (self.work / name).is_symlink():
+                raise ModelError(f"{self.work}: {name} is a link, which we did not leave there; remove the folder")
+        return sorted({*old, self.marker} - files.keys()), moved
+
+    def carry_out(self, deleted: list[str], moved: list[str]) -> None:
+        """Delete and move the files that `plan` has named. OSError as the system raises it."""
+        (self.home / self.key).unlink(missing_ok=True)
+        sync(self.home)
+        for name in deleted:
+            (self.home / name).unlink(missing_ok=True)
+        for name in moved:
+            if name == self.key:
+                sync(self.home)
+            (self.work / name).rename(self.home / name)
+        sync(self.home)
+
+    def finish(self) -> None:
+        """Finish a move that was interrupted, if ``work`` is the remains of one; ModelError as `plan`."""
+        key = self.work / self.key
+        if (self.home / self.key).exists():
+            return
+        if (self.work / self.marker).exists():
+            self.carry_out(*self.plan())
+        elif key.is_file() and (self.home / self.marker).exists():
+            record = _files(self.home / self.marker).get(self.key)
+            if record is not None and not key.is_symlink() and difference(key, record) is None:
+                key.rename(self.home / self.key)
+                sync(self.home)
 
 
-def move(work: Path, home: Path, plan: Move) -> None:
-    """Carry it out. ``home`` is no model while its config.json is away, which goes first, and comes last.
-
-    The record comes just before it. A move that was interrupted is finished by being planned and done once more.
-    """
-    (home / CONFIG).unlink(missing_ok=True)
-    sync(home)
-    for name in plan.going:
-        (home / name).unlink(missing_ok=True)
-    for name in plan.coming:
-        if name == CONFIG:
-            sync(home)
-        (work / name).rename(home / name)
-    sync(home)
-
-
-def finish_move(work: Path, home: Path) -> None:
-    """Finish a move that was interrupted, if that is what ``work`` is left of; ModelError as `plan_move`."""
-    if (home / CONFIG).exists():
-        return
-    if (work / RECORD).exists():  # which is the last to be written, and the last but one to be moved
-        move(work, home, plan_move(work, home))
-    elif (work / CONFIG).is_file() and (home / RECORD).exists():
-        record = _files(home / RECORD).get(CONFIG)
-        if record is not None and not (work / CONFIG).is_symlink() and difference(work / CONFIG, record) is None:
-            (work / CONFIG).rename(home / CONFIG)
-            sync(home)
-
-
-def _files(record: Path) -> dict[str, FileRecord]:
+def _files(marker: Path) -> dict[str, FileRecord]:
     try:
-        return parse_records(read_json(record).get("files"))
+        return parse_records(read_json(marker).get("files"))
     except ValueError as error:
-        raise ModelError(f"{record}: {error}; we did not leave it like that: remove the file") from error
+        raise ModelError(f"{marker}: {error}; we did not leave it like that: remove the file") from error

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from moewright.checkpoint.ahead import HashesAhead
 from moewright.checkpoint.check import difference
-from moewright.checkpoint.files import file_inside, parse_records, read_json, reading, record_of, some
+from moewright.checkpoint.disk import reading
+from moewright.checkpoint.files import record_of
 from moewright.checkpoint.tensorfile import TensorInfo, read_header, read_tensor
-from moewright.errors import ModelError
+from moewright.checkpoint.untrusted import file_inside, parse_records, read_json
+from moewright.errors import ModelError, listed
 
 GRAIN = 2**15  # elements; from here on torch uses several threads
 CONFIG = "config.json"
@@ -24,17 +26,17 @@ RECORD = "moewright.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INSIDE = ".moewright-tmp"
-"""What ``FolderWriter`` calls its temporary folder in a target that it writes into."""
+"""The temporary folder of a model on its way into an existing folder."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Settings through which a config can make transformers import or download code. Such a choice is the caller's alone.
 CODE_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "trust_remote_code"})
-# A number, whatever its name says: how Gemma's configs before transformers 5 say which layers slide.
+# A number in spite of its name: by it, Gemma's configs before transformers 5 tell sliding layers from others.
 PLAIN_PRIVATE = frozenset({"_sliding_window_pattern"})
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def interrupted_name(name: str) -> str:
-    """What ``FolderWriter`` calls the old folder ``name`` while it puts a new one in its place."""
+    """The name of the old folder ``name`` while a new one is put in its place."""
     return f".{name}.moewright-old"
 
 
@@ -45,8 +47,8 @@ class ModelFolder:
     no code that a folder names is ever run. ``record`` is moewright.json, or None in a folder that we did not write.
     ``tensors`` lists the tensors in the order of their files and of their bytes.
 
-    Tensors that hold NaN or Inf are refused when they are read, unless ``allow_nonfinite``. ``hashes`` are those of its
-    files, if they are computed already.
+    Tensors that hold NaN or Inf are refused when they are read, unless ``allow_nonfinite``. ``hashes`` are the hashes
+    of its files, where they have been computed already.
 
     ModelError if the folder is missing, empty, damaged, quantised, holds only pickled weights, or names a file
     outside itself. Files are opened anew for each read, so nothing needs to be closed.
@@ -70,7 +72,7 @@ class ModelFolder:
             self.tensors = _read_headers(self.path)
         quantised = [info.name for info in self.tensors.values() if info.dtype in FLOAT8]
         if quantised:
-            raise _quantised(self.path, f"float8 tensors {some(quantised)}")
+            raise _quantised(self.path, f"float8 tensors {listed(quantised)}")
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: Collection[str] = ()) -> None:
         """Compare names and shapes with ``expected``; ModelError lists the first five that differ.
@@ -79,22 +81,23 @@ class ModelFolder:
         """
         missing = [name for name in expected if name not in self.tensors and name not in optional]
         if missing:
-            raise ModelError(f"{self.path}: tensors missing that {CONFIG} calls for: {some(missing)}")
+            raise ModelError(f"{self.path}: tensors missing that {CONFIG} calls for: {listed(missing)}")
         unknown = [name for name in self.tensors if name not in expected and name not in optional]
         if unknown:
-            raise ModelError(f"{self.path}: tensors that {CONFIG} has no place for: {some(unknown)}")
+            raise ModelError(f"{self.path}: tensors that {CONFIG} has no place for: {listed(unknown)}")
         shapes = [(name, self.tensors[name].shape, expected[name]) for name in expected if name in self.tensors]
         wrong = [f"{name} is {list(found)}, not {list(due)}" for name, found, due in shapes if found != tuple(due)]
         if wrong:
-            raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {some(wrong)}")
+            raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {listed(wrong)}")
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
         """Read one tensor, in its stored dtype, into memory of its own.
 
+        With ``index``, a slice without step for each dim or for the first few, only the bytes of that part are read.
         ModelError if it holds NaN or Inf, unless the folder was opened with ``allow_nonfinite``.
         """
         with reading(self.path):
-            tensor = read_tensor(self.tensors[name])
+            tensor = read_tensor(self.tensors[name], index)
         if not self.allow_nonfinite and tensor.is_floating_point() and tensor.numel() > 0:
             # The extremes tell (NaN spreads to both) and, unlike isfinite, need no mask of the tensor's size.
             # Pieces that torch does not share out: its threads would spin against ours, which hash.
@@ -123,10 +126,6 @@ class ModelFolder:
             self._told_of_dtypes = True
         return widest
 
-    def parameter_count(self) -> int:
-        """Number of elements in the files, a tensor that is tied and stored once counted once."""
-        return sum(math.prod(info.shape) for info in self.tensors.values())
-
     def fingerprint(self) -> str:
         """SHA-256 (hex) over config.json and the weight files; reads every byte that was not hashed ahead."""
         if self._fingerprint is None:
@@ -150,25 +149,23 @@ class ModelFolder:
             raise ModelError(f"{self.path / RECORD}: {error}; write the folder again") from error
         unlisted = sorted({file.name for file in self._weight_files()} - records.keys())
         if unlisted:
-            raise ModelError(f"{self.path}: {RECORD} does not list {some(unlisted)}; write the folder again")
+            raise ModelError(f"{self.path}: {RECORD} does not list {listed(unlisted)}; write the folder again")
         for name, record in records.items():
             with reading(self.path):
                 there = os.path.lexists(self.path / name)
-                what = difference(file_inside(self.path, name) if there else self.path / name, record)
-            if what is not None:
-                raise ModelError(f"{self.path}: {what}; write the folder again, or delete {RECORD} if that was you")
+                fault = difference(file_inside(self.path, name) if there else self.path / name, record)
+            if fault is not None:
+                raise ModelError(f"{self.path}: {fault}; write the folder again, or delete {RECORD} if that was you")
 
     def _weight_files(self) -> set[Path]:
         return {info.file for info in self.tensors.values()}
 
 
 def _require_content(path: Path) -> None:
+    old = path.parent / interrupted_name(path.name)
+    if not path.exists() and old.is_dir():
+        raise ModelError(f"{path}: an overwrite was interrupted, the model is in {old}; rename it back or write again")
     if not path.exists():
-        old = path.parent / interrupted_name(path.name)
-        if old.is_dir():
-            raise ModelError(
-                f"{path}: an overwrite was interrupted, the model is in {old}; rename it back or write again"
-            )
         raise ModelError(f"{path}: no such folder; a folder with {CONFIG} and *.safetensors is needed")
     if not path.is_dir():
         raise ModelError(f"{path}: not a folder; a folder with {CONFIG} and *.safetensors is needed")
@@ -226,11 +223,11 @@ def _read_headers(path: Path) -> dict[str, TensorInfo]:
 def _no_weights(path: Path) -> ModelError:
     shards = sorted(file.name for file in path.glob("*.safetensors"))
     if shards:
-        return ModelError(f"{path}: {some(shards)}, but no {INDEX} (for one file: no {WEIGHTS}); download it too")
+        return ModelError(f"{path}: {listed(shards)}, but no {INDEX} (for one file: no {WEIGHTS}); download it too")
     pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
     if pickles:
         return ModelError(
-            f"{path}: only pickled weights ({some(pickles)}), which can run code; if you trust them, "
+            f"{path}: only pickled weights ({listed(pickles)}), which can run code; if you trust them, "
             "convert them with transformers: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(DST)"
         )
     return ModelError(f"{path}: no {WEIGHTS} and no {INDEX}; download the weights too")
@@ -253,8 +250,8 @@ def _read_shards(path: Path) -> dict[str, TensorInfo]:
             else:
                 unlisted.append(name)
     if unlisted:
-        raise ModelError(f"{index}: tensors in the shards that it lacks: {some(unlisted)}; download the folder again")
+        raise ModelError(f"{index}: tensors in the shards that it lacks: {listed(unlisted)}; download the folder again")
     absent = [name for name in places if name not in tensors]
     if absent:
-        raise ModelError(f"{index}: names tensors that its shards lack: {some(absent)}; download the folder again")
+        raise ModelError(f"{index}: names tensors that its shards lack: {listed(absent)}; download the folder again")
     return tensors

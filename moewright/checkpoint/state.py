@@ -1,8 +1,8 @@
-"""Training state: saved by a commit protocol, verified to the last byte before it is used.
+"""Training state: saved by the commit protocol, verified to the last byte before it is used.
 
 A state is a folder ``step-00000010`` with ``tensors.safetensors``, ``facts.json`` and, written last, the marker
-``COMMITTED.json`` with the size and SHA-256 of the other two. It is prepared as ``step-00000010.tmp-<uuid>``, which
-no reader looks at. No part of it is a pickle.
+``COMMITTED.json`` with the size and SHA-256 of the other two. It is prepared as ``step-00000010.tmp-<uuid>``, which no
+reader opens. No part of it is a pickle.
 """
 
 import re
@@ -15,18 +15,11 @@ import torch
 from torch import Tensor
 
 from moewright.checkpoint.check import difference
-from moewright.checkpoint.files import (
-    FileRecord,
-    json_bytes,
-    parse_records,
-    read_json,
-    remove,
-    require_space,
-    sync,
-    write_bytes,
-    writing,
-)
+from moewright.checkpoint.commit import NewFolder
+from moewright.checkpoint.disk import remove, require_space, writing
+from moewright.checkpoint.files import FileRecord, json_bytes, write_bytes
 from moewright.checkpoint.tensorfile import LazyTensor, read_header, read_tensor, write_tensor_file
+from moewright.checkpoint.untrusted import parse_records, read_json
 from moewright.errors import CheckpointError, ModelError
 
 SCHEMA = 1
@@ -34,7 +27,7 @@ TENSORS = "tensors.safetensors"
 FACTS = "facts.json"
 MARKER = "COMMITTED.json"
 # ".old-": the state that a second save of the same step has moved aside; it counts until the new one is in place.
-STATE = re.compile(r"step-(\d{8,})(\.old-[0-9a-f]{32})?")
+STATE = re.compile(r"step-\d{8,}(\.old-[0-9a-f]{32})?")
 LEFTOVER = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]{32}")
 
 
@@ -55,60 +48,37 @@ def save_state(
     final = root / f"step-{step:08}"
     with writing(root, CheckpointError):
         root.mkdir(parents=True, exist_ok=True)
-        lazy = {name: _lazy(tensor) for name, tensor in tensors.items()}
+        lazy = {name: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
         require_space(root, sum(entry.nbytes for entry in lazy.values()))
-        work = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex}")
-        work.mkdir()
-        try:
-            _write(work, step, lazy, facts)
-            if final.exists():
-                final.rename(final.with_name(f"{final.name}.old-{uuid.uuid4().hex}"))
-            work.rename(final)
-        except BaseException:
-            remove(work)
-            raise
-        sync(root)
+        work, aside = (root / f"{final.name}.{kind}-{uuid.uuid4().hex}" for kind in ("tmp", "old"))
+        with NewFolder(final, work, aside, MARKER, target=root, replace=True) as new:
+            new.records[TENSORS] = write_tensor_file(new.path / TENSORS, lazy)
+            new.records[FACTS] = write_bytes(new.path / FACTS, json_bytes(facts))
+            new.commit({"schema": SCHEMA, "step": step, "torch": torch.__version__})
         _retire(root, step, keep)
     return final
 
 
-def _lazy(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def _write(work: Path, step: int, tensors: Mapping[str, LazyTensor], facts: Mapping[str, Any]) -> None:
-    records = {
-        TENSORS: write_tensor_file(work / TENSORS, tensors),
-        FACTS: write_bytes(work / FACTS, json_bytes(facts)),
-    }
-    marker = {"schema": SCHEMA, "step": step, "torch": torch.__version__, "files": records}
-    sync(work)
-    write_bytes(work / MARKER, json_bytes(marker))
-    sync(work)
-
-
 def _retire(root: Path, step: int, keep: int) -> None:
-    """Delete what the newest state has made superfluous: older states, replaced ones, leftovers of killed saves."""
-    states = [path for path in _states(root) if _key(path)[0] <= step]
-    current = [path for path in states if not _key(path)[1]]
-    for path in [path for path in states if path not in current[:keep]]:
-        # Renamed first: a kill while deleting leaves a leftover, not a damaged state.
-        path.rename(root / f"step-{_key(path)[0]:08}.tmp-{uuid.uuid4().hex}")
+    """Delete all that the newest state makes superfluous: older states, replaced ones, leftovers of killed saves."""
+    states = [path for path in _states(root) if _step(path) <= step]
+    kept = [path for path in states if not path.suffix][:keep]
+    for path in states:
+        if path not in kept:
+            # Renamed first: a kill while deleting leaves a leftover, not a damaged state.
+            path.rename(root / f"{path.stem}.tmp-{uuid.uuid4().hex}")
     for path in _leftovers(root):
         remove(path)
 
 
-def _key(path: Path) -> tuple[int, bool]:
-    """The step, and whether the state was moved aside."""
-    match = STATE.fullmatch(path.name)
-    assert match is not None
-    return int(match[1]), match[2] is not None
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
 
 
 def _states(root: Path) -> list[Path]:
     """All states, the newest first; one that was moved aside follows the one that replaces it."""
     found = [path for path in root.iterdir() if STATE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (-_key(path)[0], _key(path)[1], path.name))
+    return sorted(found, key=lambda path: (-_step(path), path.name))
 
 
 def _leftovers(root: Path) -> list[Path]:
@@ -128,17 +98,14 @@ def newest_state(root: Path) -> tuple[Path | None, list[str]]:
     for path in states:
         try:
             for name, record in _read_marker(path).items():
-                what = difference(path / name, record)
-                if what is not None:
-                    raise CheckpointError(what)
+                if fault := difference(path / name, record):
+                    raise CheckpointError(fault)
         except (CheckpointError, OSError) as error:
             reasons.append(f"{path.name}: {error}")
         else:
             return path, reasons
     if states:
-        raise CheckpointError(
-            f"{root}: no state verifies ({'; '.join(reasons)}); restore one, or begin in a new folder"
-        )
+        raise CheckpointError(f"{root}: no state verifies ({'; '.join(reasons)}); restore one, or choose a new folder")
     return None, reasons
 
 
@@ -153,7 +120,7 @@ def _read_marker(path: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{MARKER} is damaged: {error}") from error
     if marker.get("schema") != SCHEMA:
         raise CheckpointError(f"{MARKER} has schema {marker.get('schema')!r}, this version reads {SCHEMA}")
-    if marker.get("step") != _key(path)[0] or records.keys() != {TENSORS, FACTS}:
+    if marker.get("step") != _step(path) or records.keys() != {TENSORS, FACTS}:
         raise CheckpointError(f"{MARKER} belongs to another state")
     return records
 

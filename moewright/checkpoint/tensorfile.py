@@ -1,16 +1,18 @@
 """The safetensors format: headers checked before use, one tensor read at a time, files written as a stream.
 
 A file is: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets),
-the tensors' bytes without gaps. The ``safetensors`` library reads it, but writes only from tensors that are all in
-memory at once, and takes whatever a header claims to the operating system; hence these few functions of our own.
+the tensors' bytes without gaps. The ``safetensors`` library reads it, but writes only tensors that are all in memory
+at once, and asks the operating system for whatever a header claims; hence these few functions of our own.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import mmap
+import operator
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -138,19 +140,42 @@ def _damaged(path: Path, what: str) -> ModelError:
     return ModelError(f"{path}: {what}; copy or download the file again")
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Read one tensor into memory of its own; ModelError if the file has become shorter since its header was read."""
-    data = _memory(info.end - info.start)
-    with info.file.open("rb") as file:
-        file.seek(info.start)
-        found = file.readinto(data.numpy().data)
-    if found != len(data):
-        raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
-    return data.view(info.dtype).reshape(info.shape)
+def read_tensor(info: TensorInfo, index: tuple[slice, ...] | None = None) -> Tensor:
+    """Read one tensor into memory of its own, or the part ``index`` of it: then the bytes of that part and no others.
+
+    ``index`` holds a slice without step for each dim, or for the first few. ModelError if the file has become shorter
+    since its header was read.
+    """
+    parts = (*(index or ()), *(slice(None) for _ in info.shape[len(index or ()) :]))
+    dims = [range(size)[part] for size, part in zip(info.shape, parts, strict=True)]
+    assert all(dim.step == 1 for dim in dims), f"{info.name}: a slice of {index} has a step"
+    shape = [len(dim) for dim in dims]
+    data = _memory(math.prod(shape) * info.dtype.itemsize)
+    # Not mapped into memory: a file that shrinks meanwhile, or a bad disk, would then end the process with a signal.
+    with info.file.open("rb", buffering=0) as file:
+        rest = data.numpy().data
+        for start, size in _stretches(info, dims) if len(rest) else ():
+            file.seek(start)
+            while size and (count := file.readinto(rest[:size])):
+                rest, size = rest[count:], size - count
+            if size:
+                found = len(data) - len(rest)
+                raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
+    return data.view(info.dtype).reshape(shape)
+
+
+def _stretches(info: TensorInfo, dims: Sequence[range]) -> Iterator[tuple[int, int]]:
+    """Start and size in bytes of each stretch of the file that a part consists of, in order."""
+    sizes, dims = (1, *info.shape), (range(1), *dims)  # a scalar has a dim, too
+    strides = [math.prod(sizes[dim + 1 :]) * info.dtype.itemsize for dim in range(len(sizes))]
+    # From the last dim that is not whole on, the part lies in one piece.
+    last = max((dim for dim, part in enumerate(dims) if len(part) < sizes[dim]), default=0)
+    for place in itertools.product(*dims[:last], dims[last][:1]):
+        yield info.start + sum(map(operator.mul, place, strides)), len(dims[last]) * strides[last]
 
 
 def _memory(size: int) -> Tensor:
-    """Bytes that go back to the system when they are dropped: malloc would keep blocks of many megabytes."""
+    """Memory that goes back to the system when it is dropped: malloc would keep blocks of many megabytes."""
     if size < LARGE_BYTES:
         return torch.empty(size, dtype=torch.uint8)
     try:
@@ -163,14 +188,6 @@ def _memory(size: int) -> Tensor:
     return torch.frombuffer(block, dtype=torch.uint8)
 
 
-def layout(tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """The order of the tensors in a file: that of the mapping, wide dtypes first.
-
-    Readers view the bytes in place, so each tensor must start at a multiple of its item size.
-    """
-    return sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-
-
 def write_tensor_file(
     path: Path,
     tensors: Mapping[str, LazyTensor],
@@ -180,18 +197,19 @@ def write_tensor_file(
 ) -> FileRecord:
     """Write ``tensors`` to the new file ``path``, making, writing and dropping one after the other.
 
-    Same tensors, same bytes. ``on_tensor(name, bytes)`` is called after each. ``known`` remembers the hashes of keys
-    for the next file. OSError as the system raises it.
+    Same tensors, same bytes: in the order of the mapping, wide dtypes first. ``on_tensor(name, bytes)`` is called after
+    each. ``known`` remembers the hashes of keys for the next file. OSError as the system raises it.
     """
-    order = layout(tensors)
-    header = _header({name: tensors[name] for name in order})
-    leaves = [Leaf(len(header)), *(leaf for name in order for leaf in _leaves(tensors[name]))]
+    # Readers view the bytes in place, so each tensor must start at a multiple of its item size.
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header = _header(tensors)
+    leaves = [Leaf(len(header)), *(leaf for lazy in tensors.values() for leaf in _leaves(lazy))]
     with HashedFile(path, TreeHasher(leaves, {} if known is None else known)) as file:
         file.write(header)
-        for name in order:
-            _write_tensor(file, name, tensors[name])
+        for name, lazy in tensors.items():
+            _write_tensor(file, name, lazy)
             if on_tensor is not None:
-                on_tensor(name, tensors[name].nbytes)
+                on_tensor(name, lazy.nbytes)
     return file.record
 
 

@@ -39,8 +39,6 @@ class TreeHasher:
     `known` remembers the hashes of keys, and may be shared by the files of one folder.
     """
 
-    name = "sha256_tree"
-
     def __init__(self, leaves: Iterable[Leaf], known: dict[Hashable, bytes]) -> None:
         self._leaves = iter(leaves)
         self._known = known

@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from moewright.backbone.folder import load_model
 from moewright.backbone.inspect import inspect_folder
+from moewright.backbone.load import load_model
 from moewright.data.tokenizer import load_tokenizer, tokenise
 from moewright.demo.findings import Findings, Sizes
 from moewright.demo.model import gguf_path, write_smollm2

@@ -1,19 +1,17 @@
 """The model card that goes into an exported folder."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from moewright import __version__
-from moewright.backbone.graft import moe_layers
-
-if TYPE_CHECKING:
-    from moewright.export.folder import ExportReport
+from moewright.backbone.blocks import moe_layers
+from moewright.export.report import ExportReport
 
 
 def model_card(
-    report: "ExportReport", model: PreTrainedModel, *, origin: Mapping[str, Any], record: Mapping[str, Any]
+    report: ExportReport, model: PreTrainedModel, *, origin: Mapping[str, Any], record: Mapping[str, Any]
 ) -> str:
     """Markdown: what the model is, who loads it, where it came from. The same run gives the same text."""
     layers = moe_layers(model)

@@ -1,46 +1,26 @@
 """`moewright export`: write a sparse model in a format, prove that it loads and computes the same, then commit it."""
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from moewright.backbone.folder import Form, empty_model_of, form_of, load_model, write_model
-from moewright.backbone.formats import OWN, is_sparse
+from moewright.backbone.formats.base import Format
+from moewright.backbone.formats.choose import is_sparse
+from moewright.backbone.formats.own import OWN_TYPE
+from moewright.backbone.load import FolderSource, load_model, open_skeleton
+from moewright.backbone.save import format_of, write_model
 from moewright.backbone.sizes import parameter_counts
-from moewright.checkpoint.files import some
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
-from moewright.errors import ModelError
+from moewright.errors import ModelError, listed
 from moewright.export.card import model_card
-from moewright.export.runtimes import FAULTY, Runtime, runtimes
+from moewright.export.report import ExportReport
+from moewright.export.runtimes import Runtime, runtimes
 from moewright.export.verify import Proof, Reference, prove
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written, and the proof."""
-
-    target: Path
-    format: str
-    parameters: dict[str, int]
-    bytes: int
-    proof: Proof
-    runtimes: list[Runtime]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, in plain types."""
-        return {
-            "target": str(self.target),
-            "format": self.format,
-            "parameters": self.parameters,
-            "bytes": self.bytes,
-            "proof": self.proof.as_dict(),
-            "runtimes": [row.as_dict() for row in self.runtimes],
-        }
+from moewright.moe.config import TRAINING_BUFFERS
 
 
 def export_folder(
@@ -64,21 +44,21 @@ def export_folder(
     folder = ModelFolder(source)
     if not is_sparse(folder.config):
         raise ModelError(f"{source} is a dense {folder.config['model_type']} model; upcycle it first, or copy it")
-    outline, _ = empty_model_of(folder)
-    form = form_of(outline, wanted=to)  # refused before anything is loaded
-    name, counts, rows = form.name(outline), parameter_counts(outline), runtimes(form, outline)
+    outline, _ = open_skeleton(folder)
+    written_as = format_of(outline, to)  # refused before anything is loaded
+    counts, rows = parameter_counts(outline), runtimes(written_as, outline)
     # One model is in memory at a time: here in float32, then in its own dtype, then in the other process.
     reference = Reference.of(load_model(source, dtype=torch.float32))
     record = {key: value for key, value in (folder.record or {}).items() if key in ("upcycle", "distil")}
     with FolderWriter(target, overwrite=overwrite, sources=[Path(source)]) as writer:
-        _write(writer, Path(source), form)
-        proof = prove(writer.path, reference, ours=name == OWN)
-        _require_proof(proof, form_name=name, accept_runtime_fault=accept_runtime_fault)
+        _write(writer, Path(source), written_as)
+        proof = prove(writer.path, reference, ours=written_as is OWN_TYPE)
+        _require_proof(proof, written_as=written_as, accept_runtime_fault=accept_runtime_fault)
         loads, why = "no" if proof.problems else "yes", "; ".join(proof.problems)
         here = Runtime(f"transformers {transformers.__version__}", loads, why, "run here")
         report = ExportReport(
             target=Path(target),
-            format=name,
+            format=written_as.name,
             parameters={"total": counts.total, "active": counts.active},
             bytes=sum(info.end - info.start for info in ModelFolder(writer.path).tensors.values()),
             proof=proof,
@@ -88,32 +68,34 @@ def export_folder(
         writer.write_text("README.md", model_card(report, outline, origin=origin, record=record))
         facts: dict[str, Any] = {"proof": proof.as_dict(), "source": origin, "versions": {"torch": torch.__version__}}
         facts["runtimes"] = [row.as_dict() for row in report.runtimes]
-        writer.commit(record | {"export": facts} | form.record(outline))
+        writer.commit(record | {"export": facts} | written_as.record(outline))
     return report
 
 
-def _write(writer: FolderWriter, source: Path, form: Form) -> None:
+def _write(writer: FolderWriter, source: Path, written_as: Format) -> None:
     """Write the model, and take the way back: what we read from the new folder must be the model, to the bit."""
     model = load_model(source)
-    write_model(writer, model, form, companions=source)
+    write_model(writer, model, written_as, companions=source)
     written = ModelFolder(writer.path)
-    written.record = form.record(model)  # as it will say when it is committed
-    again, its_form = empty_model_of(written, dtype=model.dtype)
-    wrong = sorted(again.state_dict().keys() ^ model.state_dict().keys())
-    for slot in its_form.slots(again):
-        if slot.fill is None and not slot.tied:
-            tensor, wanted = written.read(slot.name), slot.view(model)
-            if not torch.equal(tensor / slot.factor if slot.factor != 1.0 else tensor, wanted):
-                wrong.append(slot.name)
+    written.record = written_as.record(model)  # as it will say when it is committed
+    again, read_as = open_skeleton(written, dtype=model.dtype)
+    different = again.state_dict().keys() ^ model.state_dict().keys()
+    wrong = sorted(name for name in different if not name.endswith(TRAINING_BUFFERS))
+    source_of = FolderSource(written)
+    wrong += [
+        slot.name
+        for slot in read_as.slots(again)
+        if slot.loaded and not torch.equal(slot.read(source_of), slot.view(model))
+    ]
     if wrong:
-        raise ModelError(f"{some(wrong)}: not what was written; nothing was kept: please report this model")
+        raise ModelError(f"{listed(wrong)}: not what was written; nothing was kept: please report this model")
 
 
-def _require_proof(proof: Proof, *, form_name: str, accept_runtime_fault: bool) -> None:
+def _require_proof(proof: Proof, *, written_as: Format, accept_runtime_fault: bool) -> None:
     if not proof.problems:
         return
-    what = f"{proof.loaded_as} does not compute this {form_name} folder as we do: {'; '.join(proof.problems)}"
-    if form_name not in FAULTY or not proof.runtime_is_at_fault:
+    what = f"{proof.loaded_as} does not compute this {written_as.name} folder as we do: {'; '.join(proof.problems)}"
+    if not written_as.faulty or not proof.runtime_is_at_fault:
         raise ModelError(f"{what}; nothing was written: please report this model")
     if not accept_runtime_fault:
         raise ModelError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.graft import moe_layers
+from moewright.backbone.blocks import moe_layers
 from moewright.backbone.skeleton import longest_text
 from moewright.errors import ModelError
 from moewright.export.long import LongText

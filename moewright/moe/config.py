@@ -47,6 +47,9 @@ TRAINING_FIELDS: Final = frozenset(
 )
 """The fields that do not change what a dropless layer computes in evaluation."""
 
+TRAINING_BUFFERS: Final = ("balance_coefficient", "previous_counts")
+"""The buffers of a layer that only its training reads; it has them in its state where these fields ask for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoESettings:
@@ -57,7 +60,7 @@ class MoESettings:
     """Coefficient of the load-balancing loss of Switch Transformers, in each layer."""
 
     balance_scope: BalanceScope = "micro-batch"
-    """Over what its load is counted: `micro-batch`, each `sequence`, or the `global` batch of the step."""
+    """Over what its load is counted: `micro-batch`, each `sequence`, or `global`, on all ranks for a whole step."""
 
     balance_adaptation: float = 0.0
     """If not 0, the coefficient follows this times the dropped share, from `balance_loss` on (Skywork-MoE: 0.2)."""
@@ -149,6 +152,9 @@ class MoEConfig(MoESettings):
     group_score: GroupScore = "max"
     """What ranks a group: its best score, or the sum of its best two."""
 
+    router_bias: bool = False
+    """Whether the router's logits have a trained bias, one for each expert."""
+
     selection_bias: bool = False
     """Whether a bias for each expert is added to the scores for the choice alone, not to the combine weights."""
 
@@ -167,7 +173,7 @@ class MoEConfig(MoESettings):
     # -- what an expert is --
 
     activation: str = "silu"
-    """The activation of the experts, by its name in `moewright.moe.activations.ACTIVATIONS`."""
+    """The activation of the experts, by its name in `moewright.moe.activations`."""
 
     gated: bool = True
     """Whether an expert computes `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
@@ -214,6 +220,8 @@ class MoEConfig(MoESettings):
         yield from self._group_problems()
         yield from self._capacity_problems()
         yield from self._balance_problems()
+        if self.activation == "swiglu_oai" and not self.gated:
+            yield "activation=swiglu_oai with gated=False: it is a function of gate and up; set gated=True"
         if self.shared_mode != "added" and not self.shared_size:
             yield f"shared_mode={self.shared_mode} with shared_size=0: there is no shared expert; give its width"
 

@@ -1,17 +1,40 @@
-"""The experts' parameters.
+"""The experts' parameters, and the contract of the kernels that compute with them.
 
 Letters: T tokens, K experts a token, D model width, E experts, F expert width, H width of the first product
-(2F when gated, else F).
+(2F when gated, the gate half first; else F).
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moewright.moe.activations import activation_named
-from moewright.moe.dispatch import Permutation
-from moewright.moe.kernels import default_kernel, kernel_named
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.exchange import Permutation
 from moewright.moe.precision import autocast_dtype
+
+
+class ExpertWeights(NamedTuple):
+    """The stacked weights of E feed-forward blocks, in the layout of transformers, and their activation."""
+
+    first_EHD: Tensor
+    down_EDF: Tensor
+    first_bias_EH: Tensor | None
+    down_bias_ED: Tensor | None
+    activation: str
+    """A name of `moewright.moe.activations`."""
+    gated: bool
+    """Whether an expert computes `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
+
+
+Kernel = Callable[[Tensor, Tensor, Permutation, ExpertWeights], Tensor]
+"""`kernel(x_TD, weights_TK, permutation, experts) -> y_TD`: each token's weighted sum over its experts.
+
+`x_TD` and the weights of the experts share a dtype, which `y_TD` has too; `weights_TK` is float32 (float64
+with float64). Sorted assignments from `permutation.ends_E[-1]` on belong to no expert: they add nothing, and
+the gradient of their combine weight is zero. All tensor arguments are differentiable.
+"""
 
 
 class Experts(nn.Module):
@@ -35,7 +58,7 @@ class Experts(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        activation_named(activation)
+        activation_named(activation, gated=gated)
         self.gated, self.activation, self.bias = gated, activation, bias
         self.first_name = "gate_up_proj" if gated else "up_proj"
         E, D, width = num_experts, hidden_size, expert_size
@@ -66,12 +89,11 @@ class Experts(nn.Module):
             self.gated,
         )
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, *, kernel: str) -> Tensor:
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, *, kernel: Kernel) -> Tensor:
         """(T, D) -> (T, D): for each token the sum of its experts' outputs, weighted with `weights_TK`."""
-        product = kernel_named(default_kernel(x_TD.device) if kernel == "auto" else kernel)
         # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
         dtype = autocast_dtype(x_TD)
-        return product(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, self.weights(dtype))
+        return kernel(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, self.weights(dtype))
 
 
 class SharedExpert(nn.Module):
@@ -94,7 +116,7 @@ class SharedExpert(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.mode, self.gated, self.activation = mode, gated, activation_named(activation)
+        self.mode, self.activation = mode, activation_named(activation, gated=gated)
 
         def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
@@ -108,12 +130,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """The layer's output: (T, D), (T, D) -> (T, D)."""
-        hidden_TH: Tensor = self.get_submodule(self.first_name)(x_TD)
-        if self.gated:
-            gate_TS, up_TS = hidden_TH.chunk(2, dim=-1)
-            shared_TD = self.down_proj(self.activation(gate_TS) * up_TS)
-        else:
-            shared_TD = self.down_proj(self.activation(hidden_TH))
+        shared_TD = self.down_proj(self.activation(self.get_submodule(self.first_name)(x_TD)))
         if self.gate is None:
             output_TD: Tensor = routed_TD + shared_TD
         elif self.mode == "gated":

@@ -15,10 +15,10 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over all parameters, decay on matrices only (not on norms and biases).
 
-    Each group's `ratio` is what the step's learning rate is multiplied with: `router_ratio` for the routers of
-    MoELayers, 1 for the rest. The `lr` of the groups is set at each step.
+    The training loop sets the `lr` of each group to the step's learning rate times the group's `ratio`: `router_ratio`
+    for the routers of MoELayers, 1 for the rest.
     """
-    routers = {id(module.weight) for module in model.modules() if isinstance(module, Router)}
+    routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -40,7 +40,7 @@ def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]
 
 
 def set_moments(model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    """Take what `moments` returned out of `tensors`, not copied; every parameter has all of its tensors, or none."""
+    """Move the tensors of `moments` out of `tensors`, without a copy; a parameter has all of its tensors, or none."""
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors:
             optimizer.state[parameter] = {

@@ -153,7 +153,7 @@ def train(options: Train) -> Facts:
         from rich.console import Console
 
         from moewright.train import loop
-        from moewright.train.config import load_run
+        from moewright.train.run_file import load_run
 
     result = loop.train(load_run(options.run, options.overrides), console=Console(stderr=True))
     facts = dataclasses.asdict(result)

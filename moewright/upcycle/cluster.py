@@ -46,10 +46,10 @@ def unit_rows(x_NA: Tensor) -> Tensor:
 
 
 def activation_features(hidden_TN: Tensor) -> Tensor:
-    """What neurons are clustered by, from their activations on T tokens: (N, T), near for those active together.
+    """Features for clustering neurons, from their activations on T tokens: (N, T), near for those active together.
 
-    `hidden` is what the down projection reads. Its sign says nothing of when a neuron is active (a column of down may
-    as well have the other), so its magnitude counts; and not how large it is, since rows get length 1.
+    `hidden_TN` are the inputs of the down projection. Their sign does not tell when a neuron is active (a column of
+    down may as well have the other), so their magnitude counts; its scale does not, since rows get length 1.
     """
     return unit_rows(hidden_TN.abs().t())
 

@@ -1,4 +1,4 @@
-"""Which neurons of the dense feed-forward block each expert holds.
+"""The neurons of the dense feed-forward block that each expert holds.
 
 Letters: W width of the dense block, E experts, F width of an expert, K experts a token, P parts, S width of a shared
 expert, R neurons left beside it, A features.
@@ -22,14 +22,14 @@ from moewright.upcycle.seeds import generator
 
 @dataclass(frozen=True)
 class Held:
-    """Which neurons of one layer's dense block the experts hold."""
+    """The neurons of one layer's dense block that its experts hold."""
 
     routed_EF: Tensor
     """int64, a row for each routed expert."""
     shared_S: Tensor | None
-    """Those that the shared expert has in place of the routed ones."""
+    """Those of the shared expert, which the routed ones lack."""
     factors_EF: Tensor | None
-    """What each neuron's output is multiplied by on top of the layer's factors; None: nothing."""
+    """The factor of each neuron's output on top of the layer's; None: there is none."""
 
 
 def held_neurons(
@@ -72,7 +72,7 @@ def held_neurons(
 
 
 def contiguous(width: int, *, parts: int) -> Tensor:
-    """The partition into runs of neighbours, (P, F); what an expert takes of a projection is then a view."""
+    """The partition into runs of neighbours, (P, F); an expert's share of a projection is then a view."""
     _require_divides(parts, width)
     return torch.arange(width).view(parts, -1)
 
@@ -137,41 +137,25 @@ def carve(width: int, *, size: int, importance_W: Tensor | None = None) -> tuple
     return order_W[:size].sort().values, order_W[size:].sort().values
 
 
-def important(importance_W: Tensor, *, experts: int, shared: int, expert_width: int | None = None) -> Tensor:
-    """The split by importance of MoEBERT (arXiv 2204.07675): (E, F), the most important first.
+def important(importance_W: Tensor, *, experts: int, shared: int) -> Tensor:
+    """The split by importance of MoEBERT (arXiv 2204.07675): (E, W / E), the most important first.
 
     The `shared` most important neurons go to every expert, the others are dealt out one by one in the order of
-    importance, and what is then too many for an expert is dropped: the least important. F is `expert_width`, by default
-    W / E, as many weights as the dense block has; then `shared * (E - 1)` neurons are in no expert.
+    importance, and the surplus of each expert, its least important ones, is dropped: `shared * (E - 1)` neurons in all,
+    since the experts together have as many weights as the block.
     """
     W, E = len(importance_W), experts
-    if expert_width is None:
-        _require_divides(E, W)
-    F = expert_width or W // E
+    _require_divides(E, W)
+    F = W // E
     if not 0 <= shared <= F:
         raise UsageError(f"shared neurons {shared}: an expert of width {F} holds 0 to {F} of them")
-    dealt = (W - shared) // E
-    if F - shared > dealt:
-        raise UsageError(
-            f"an expert width of {F} with {shared} shared neurons: {E} experts share out a width of {W} and "
-            f"get {shared + dealt} each at most"
-        )
     order_W = _by_importance(importance_W)
     dealt_EF = order_W[shared : shared + E * (F - shared)].view(F - shared, E).t()
     return torch.cat((order_W[:shared].expand(E, -1), dealt_EF), dim=1)
 
 
-def complete(neurons_EF: Tensor, *, granularity: int, width: int, shared_S: Tensor | None = None) -> bool:
-    """Whether each virtual group, with the shared expert's neurons if there are any, holds each neuron once."""
-    groups = neurons_EF.reshape(-1, granularity * neurons_EF.shape[1])
-    if shared_S is not None:
-        groups = torch.cat((groups, shared_S.expand(len(groups), -1)), dim=1)
-    due = torch.arange(width).expand(len(groups), -1)
-    return groups.shape == due.shape and torch.equal(groups.sort(dim=1).values, due)
-
-
 def neuron_factors(neurons_EF: Tensor, *, width: int, top_k: int) -> Tensor:
-    """What a neuron's output is multiplied by so that it counts as in the dense block: (E, F) float64.
+    """The factors with which each neuron's output counts as in the dense block: (E, F) float64.
 
     For combine weights that sum to 1; else divide by their mean sum. A neuron that c of the E experts hold is in
     K c / E of a token's K experts, each of weight 1/K, if all are chosen alike; so E / c brings it to 1. In a split

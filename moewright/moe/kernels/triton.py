@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from moewright.errors import UsageError
-from moewright.moe.dispatch import Permutation
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.activations import activation_named
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 
 _ACTIVATIONS: Final = {
     "gelu": "gelu",
@@ -42,6 +43,7 @@ _ACTIVATIONS: Final = {
     "relu6": "relu6",
     "sigmoid": "sigmoid",
     "silu": "silu",
+    "swiglu_oai": "swiglu_oai",
     "swish": "silu",
     "tanh": "tanh",
 }
@@ -63,14 +65,13 @@ def require_triton() -> None:
 def triton(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
     """float32 (products in IEEE precision, never TF32), bfloat16 and float16, summed in float32.
 
-    See `moewright.moe.kernels.base.Kernel`. Whole-graph under `torch.compile`; no second derivatives. Needs a GPU, or
+    See `moewright.moe.experts.Kernel`. Whole-graph under `torch.compile`; no second derivatives. Needs a GPU, or
     Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported), which is slow. Raises `UsageError` without
     either, for other dtypes, and for an activation it does not know.
     """
     if x_TD.dtype not in _DTYPES:
         raise UsageError(f"kernel 'triton' has no product of {x_TD.dtype}: use kernel 'loop'")
-    if experts.activation not in _ACTIVATIONS:
-        raise UsageError(f"kernel 'triton' has no activation {experts.activation!r}: use kernel 'grouped' or 'loop'")
+    activation_named(experts.activation, gated=experts.gated)
     tensors = (x_TD, weights_TK, *experts[:4])
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     token_N, position_TK, order_N, ends_E, partial = permutation
