@@ -113,8 +113,8 @@ def _calibration_texts(plan: UpcyclePlan, texts: Sequence[Tensor] | None) -> Seq
         texts = tokenise(plan.folder.path, [config.calibration_text], vocabulary=plan.source.backbone.vocab_size)
     if texts is None and (setting := config.needs_text()):
         raise UsageError(
-            f"{setting} is measured on text: give a calibration text like what the model will see "
-            "(--calibration-text, or calibration_text in a run file)"
+            f"{setting} is measured on text: give a calibration text like the text that the model will see "
+            "(`calibration_text`)"
         )
     if texts is not None and not config.uses_text():
         warnings.warn(
