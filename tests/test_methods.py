@@ -250,8 +250,8 @@ def test_the_published_scale_is_not_exact_for_gated_blocks():
 def test_neuron_factors_make_a_full_split_exact():
     """Split without growth, all experts chosen: by importance with shared neurons, and so more than one factor."""
     dense, x, E = block("GeGLU", width=16, bias=True), inputs(), 4
-    importance = torch.rand(16, generator=torch.Generator().manual_seed(0))
-    table = neurons.important(importance, experts=E, shared=4, expert_width=7)  # 4 shared, 12 dealt out: all are there
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    table = torch.cat((order[:4].expand(E, -1), order[4:].view(3, E).t()), dim=1)  # 4 shared, 12 dealt out: all there
     router = torch.zeros(E, D, dtype=torch.float64)  # every weight is 1/4
     weights = sparse_weights(dense, "GeGLU", table, router, total=1.0)
     factors = neurons.neuron_factors(table, width=16, top_k=E)

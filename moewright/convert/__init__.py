@@ -1,1 +1,1 @@
-"""A folder becomes another: what growing, upcycling and their like share."""
+"""A model becomes another model: the part that growing, upcycling and their like share."""

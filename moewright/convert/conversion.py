@@ -29,12 +29,12 @@ class TensorMaker(TensorSource, Protocol):
 class Conversion(Protocol):
     """A source folder and the model that it becomes, of which no tensor is made yet.
 
-    An implementer provides the attributes, what it says of itself before (`summary`) and after (`facts`), and the
-    memory that it needs; the rest has a default. `make.py` does with it what all conversions have in common.
+    An implementer provides the attributes, `memory_needed`, `summary` and `facts`; the rest has a default. `make.py`
+    does everything that conversions have in common.
     """
 
     name: str
-    """The verb, by which `moewright.json` names what happened."""
+    """The verb: the key of its record in `moewright.json`."""
     folder: ModelFolder
     """The source."""
     model: PreTrainedModel
@@ -44,6 +44,7 @@ class Conversion(Protocol):
     dtype: torch.dtype
     """The dtype of its tensors, where their slots name no other."""
     tensors: TensorMaker
+    """The values of its tensors."""
     settings: dict[str, Any]
     """Its settings, with every default in place and without names of files, in plain types."""
     exact_by: str | None
@@ -60,11 +61,11 @@ class Conversion(Protocol):
         ...
 
     def facts(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-        """What the report and `moewright.json` say besides the settings; the same conversion says the same."""
+        """Its own part of the report and of `moewright.json`, in plain types; the same for the same conversion."""
         ...
 
     def source_facts(self) -> dict[str, Any]:
-        """What `moewright.json` says of the source besides its type and hash."""
+        """The entries of `moewright.json` for the source besides its type and hash."""
         return {}
 
     def comparison_facts(self, comparison: Comparison) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from moewright.evaluate.compare import EXACT_TOLERANCE, Comparison, compare
 from moewright.export.runtimes import expected_runtimes
 
 Track = Callable[[int], Callable[[int], None]]
-"""Called once with the bytes to write; returns what is called with the bytes of each tensor written."""
+"""Called once with the bytes to write; returns a function to call with the bytes of each tensor written."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def make_folder(
     comparisons: list[Comparison] = []
     if dry_run:
         if texts is not None:
-            warnings.warn("the text to verify on is ignored: a dry run writes nothing to compare", stacklevel=3)
+            warnings.warn("verify_text is ignored: a dry run writes nothing to compare", stacklevel=3)
         disk = next(parent for parent in writer.target.absolute().parents if parent.exists())
         require_space(disk, summary["bytes"])
         summary["free_bytes"] = shutil.disk_usage(disk).free

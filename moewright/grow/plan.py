@@ -1,6 +1,6 @@
-"""What a dense model grows into: its sizes, whether it stays the same function, and what in it may surprise.
+"""The plan of a growth: sizes, origins of layers and neurons, whether the function stays the same, and warnings.
 
-Nothing is read but the config and the headers of weight files.
+Only the config and the headers of weight files are read.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""The tensors of the grown model, each made of one or two of the source's when it is asked for, and what that takes."""
+"""The tensors of the grown model, each made of one or two of the source's on request, and the memory for that."""
 
 import math
 import re
@@ -51,7 +51,7 @@ class GrownTensors(TensorMaker):
         return needed
 
     def _origin(self, name: str) -> tuple[Axes, str, str | None]:
-        """What a tensor's dims count, the source tensor that it copies, and the one above that AKI takes from."""
+        """The axes of a tensor, the source tensor that it copies, and the one a layer above from which AKI takes."""
         plan = self.plan
         number = re.search(r"\.(\d+)\.", name)
         template = name if number is None else name.replace(number[0], ".{layer}.", 1)
@@ -68,7 +68,7 @@ class GrownTensors(TensorMaker):
         return axes, template.format(layer=layer), above
 
     def _divisor(self, name: str, axes: Axes) -> float:
-        """What a tensor is divided by because the model multiplies or divides with the root of its width."""
+        """The divisor of a tensor that makes up for a model that multiplies or divides with the root of its width."""
         plan, config = self.plan, self.plan.dense.config
         root = math.sqrt(plan.sizes.hidden_size / plan.source_sizes.hidden_size)
         embeds = plan.growth.scales_embedding(config)
@@ -76,5 +76,5 @@ class GrownTensors(TensorMaker):
             return root if embeds else 1.0
         if not (axes.feeds_head if plan.tied else name == plan.family.on_disk(plan.family.head)):
             return 1.0
-        # What a tied output embedding was divided by as the table that it is.
+        # A tied output embedding was divided as the table that it is.
         return root ** -(plan.growth.scales_output(config) + (embeds and plan.tied))

@@ -1,10 +1,10 @@
-"""What the dense model computes on a text, seen from its feed-forward blocks: one pass for all that is wanted.
+"""The feed-forward blocks of the dense model observed on a text, in one pass for all that is wanted.
 
 Letters: T tokens, D model width, W width of the block, E experts.
 
-The first 4096 tokens of a text are read, in windows of at most 512, in float32. What is kept of them is bounded: a
-number or a row of W numbers for each layer, and of at most 1024 tokens, drawn from all that are read, the blocks'
-inputs (float32) and hidden activations (bfloat16): for 32 layers of D = 4096 and W = 11008, 0.5 and 0.7 GB.
+The first 4096 tokens of a text are read, in windows of at most 512, in float32. The memory for results is
+bounded: a number or a row of W numbers for each layer, and of at most 1024 tokens, drawn from all that are read, the
+blocks' inputs (float32) and hidden activations (bfloat16): for 32 layers of D = 4096 and W = 11008, 0.5 and 0.7 GB.
 """
 
 import json
@@ -34,7 +34,7 @@ WINDOW = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What to look for."""
+    """The quantities to observe."""
 
     routers: Mapping[int, Tensor] = field(default_factory=dict)
     """By layer, (E, D), the routers whose weight sums are measured."""
@@ -48,14 +48,14 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
-    """What was seen, by layer."""
+    """The quantities observed, by layer."""
 
     weight_sums: dict[int, float] = field(default_factory=dict)
     """Mean over all tokens of the sum of a token's combine weights under softmax-topk."""
     inputs: dict[int, Tensor] = field(default_factory=dict)
-    """What the block reads, of the sampled tokens: (T, D) float32."""
+    """Inputs of the block for the sampled tokens: (T, D) float32."""
     hidden: dict[int, Tensor] = field(default_factory=dict)
-    """What its down projection reads, of the same tokens: (T, W) bfloat16."""
+    """Inputs of its down projection for the same tokens: (T, W) bfloat16."""
     importance: dict[int, Tensor] = field(default_factory=dict)
     """(W,) float64, the sum over windows of |sum of weight times gradient over all weights of a neuron|.
 
@@ -194,7 +194,7 @@ def _windows(texts: Sequence[Tensor], *, longest: int) -> list[Tensor]:
 def prompt_states(
     model: PreTrainedModel, layers: Collection[int], prompts: Sequence[Sequence[Tensor]]
 ) -> dict[int, list[list[Tensor]]]:
-    """By layer, what its block reads of each prompt (token ids, at most 512 of them) of each group: (T, D) float32."""
+    """By layer, the block's inputs for each prompt (token ids, at most 512 of them) of each group: (T, D) float32."""
     states: dict[int, list[list[Tensor]]] = {layer: [[] for _ in prompts] for layer in layers}
     for group, texts in enumerate(prompts):
 

@@ -1,6 +1,6 @@
-"""Which layers become sparse and of which shape, as what they are written, and what in it may surprise.
+"""The plan of an upcycling: the layers that become sparse, their shapes, the format, and warnings.
 
-Nothing is read but configs and the headers of weight files.
+Only configs and the headers of weight files are read.
 """
 
 import copy
@@ -83,7 +83,6 @@ class UpcyclePlan:
         }
 
     def _warn_of(self, config: UpcycleConfig) -> None:
-        """Warn of what is allowed, and yet will surprise."""
         texts = config.ignored()
         if self.config.router_order == "topk-softmax" and config.top_k == 1:
             texts.append(
@@ -115,11 +114,11 @@ def _moe_config(config: UpcycleConfig, family: Family, backbone: PreTrainedConfi
             f"{dense_size - 1}; shared_neurons=new puts one beside the block"
         )
     if routed_size % config.granularity:
-        what = f"feed-forward width {dense_size}"
+        width = f"feed-forward width {dense_size}"
         if config.carved:
-            what = f"{routed_size} neurons that a shared expert of {config.carved} leaves of the {what}"
+            width = f"{routed_size} neurons that a shared expert of {config.carved} leaves of the {width}"
         raise UsageError(
-            f"granularity={config.granularity} does not divide the {what}; "
+            f"granularity={config.granularity} does not divide the {width}; "
             f"use one of {', '.join(str(g) for g in range(1, 65) if routed_size % g == 0)}"
         )
     return MoEConfig(

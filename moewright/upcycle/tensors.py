@@ -1,4 +1,4 @@
-"""The tensors of the sparse model, each made of the dense one's when it is asked for, and what that takes.
+"""The tensors of the sparse model, each made of the dense one's on request, and the memory for that.
 
 A tensor on disk is a `Slot`; where it is of a MoELayer it consists of pieces, one projection of one expert each, and a
 piece is made of the part of the dense block that holds its neurons (`methods.py`).
@@ -24,10 +24,10 @@ from moewright.upcycle.scale import Factors, factors
 
 
 class SparseTensors(TensorMaker):
-    """The tensors of a plan's sparse model, given what was measured.
+    """The tensors of a plan's sparse model, given the measurements.
 
-    `factors` are those of the projections of each layer. Nothing depends on what was made before: any part of the
-    model can be made alone. Reading raises `ModelError` for a value that float16 cannot hold, and as `ModelFolder`.
+    `factors` are those of the projections of each layer. No tensor depends on another being made before: any part of
+    the model can be made alone. Reading raises `ModelError` for a value that float16 cannot hold, and as `ModelFolder`.
     """
 
     def __init__(self, plan: UpcyclePlan, measured: Measurements) -> None:
@@ -121,7 +121,7 @@ class SparseTensors(TensorMaker):
         dtype = slot.dtype or self.plan.dtype
         if slot.fill is not None:
             return slot.constant(dtype)[index or ()]
-        assert slot.target is not None, "what has no pieces is a tensor of the dense model"
+        assert slot.target is not None, "a tensor without pieces is one of the dense model"
         return self._in_range(slot, self.plan.source.tensor(slot.target, dtype=dtype, index=index))
 
     def _made(self, slot: Slot, pieces: Iterable[Piece]) -> Iterator[Tensor]:
