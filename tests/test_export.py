@@ -319,6 +319,15 @@ def test_layers_that_become_sparse_late_are_probed_too(tmp_path):
     assert not report.proof.problems
 
 
+@pytest.mark.parametrize("changes", [{"balance_scope": "global"}, {"balance_adaptation": 0.2, "capacity_factor": 1.0}])
+def test_what_only_training_reads_is_left_behind(tmp_path, changes):
+    source = sparse_folder(tmp_path / "own", balance_loss=0.1, **changes)
+    report = export_folder(source, tmp_path / "out", to="qwen2_moe")
+    assert not report.proof.problems
+    moving = load_model(source).state_dict().keys() - load_model(tmp_path / "out").state_dict().keys()
+    assert {name.rpartition(".")[2] for name in moving} in ({"previous_counts"}, {"balance_coefficient"})
+
+
 def test_the_reference_leaves_padding_out():
     model = grafted("llama", dict.fromkeys((0, 1), moe_of("llama")))
     reference = Reference.of(model)

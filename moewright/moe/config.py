@@ -47,6 +47,9 @@ TRAINING_FIELDS: Final = frozenset(
 )
 """The fields that do not change what a dropless layer computes in evaluation."""
 
+TRAINING_BUFFERS: Final = ("balance_coefficient", "previous_counts")
+"""The buffers of a layer that only its training reads; it has them in its state where these fields ask for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoESettings:
@@ -57,7 +60,7 @@ class MoESettings:
     """Coefficient of the load-balancing loss of Switch Transformers, in each layer."""
 
     balance_scope: BalanceScope = "micro-batch"
-    """Over what its load is counted: `micro-batch`, each `sequence`, or the `global` batch of the step."""
+    """Over what its load is counted: `micro-batch`, each `sequence`, or `global`, on all ranks for a whole step."""
 
     balance_adaptation: float = 0.0
     """If not 0, the coefficient follows this times the dropped share, from `balance_loss` on (Skywork-MoE: 0.2)."""
