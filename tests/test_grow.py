@@ -555,7 +555,7 @@ def test_settings_that_are_ignored_are_named(tmp_path):
     ):
         with pytest.warns(UserWarning, match=words):
             growth_of(source, GrowConfig(**settings))
-    with pytest.warns(UserWarning, match="text to verify on is ignored"):
+    with pytest.warns(UserWarning, match="verify_text is ignored"):
         grow_folder(source, tmp_path / "a", GrowConfig(layers=3), verify_text=text_file(tmp_path), dry_run=True)
     shallow = write_dense(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.warns(UserWarning, match="width=aki is ignored: no layer is above the only one"):

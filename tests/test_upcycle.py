@@ -394,9 +394,9 @@ def test_an_exact_start_that_is_not_exact_is_not_committed(tmp_path, monkeypatch
 def test_settings_that_are_ignored_are_named(tmp_path):
     source, text = write_dense(tmp_path / "dense"), text_file(tmp_path)
     config = UpcycleConfig(experts=4, top_k=2)
-    with pytest.warns(UserWarning, match="calibration text is ignored: scale=exact"):
+    with pytest.warns(UserWarning, match="calibration_text is ignored: scale=exact"):
         upcycle_folder(source, tmp_path / "a", replace(config, calibration_text=str(text)))
-    with pytest.warns(UserWarning, match="text to verify on is ignored"):
+    with pytest.warns(UserWarning, match="verify_text is ignored"):
         upcycle_folder(source, tmp_path / "b", config, verify_text=text, dry_run=True)
     with pytest.warns(UserWarning, match="expert width of 4 is no multiple of 8"):
         upcycle_folder(source, tmp_path / "c", UpcycleConfig(experts=16, granularity=16, top_k=16))

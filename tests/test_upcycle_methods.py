@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from moewright import cli
 from moewright.backbone.blocks import moe_layers
-from moewright.backbone.load import load_model
+from moewright.backbone.load import fill, load_model
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.tokenizer import tokenise
@@ -157,47 +157,53 @@ PARTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }
 
 
+def planned(place: Path, case: str) -> tuple[UpcyclePlan, SparseTensors]:
+    _, wanted, settings = PARTS[case]
+    plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
+    return plan, SparseTensors(plan, measure(plan))
+
+
 @pytest.mark.parametrize("case", PARTS)
 def test_the_parts_of_a_tensor_are_the_whole(made, case):
-    family, wanted, settings = PARTS[case]
-    place = made(family)
-    plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
-    measured = measure(plan)
-    tensors = SparseTensors(plan, measured)
+    plan, tensors = planned(made(PARTS[case][0]), case)
     for slot in plan.format.slots(plan.model):
         whole = tensors.read(slot)
         assert torch.equal(torch.cat([piece.flatten() for piece in tensors.pieces(slot)]), whole.flatten())
         for dim, size in enumerate(slot.shape):
-            cut = size // 2
-            # Each by a process of its own.
-            parts = [
-                SparseTensors(plan, measured).read(slot, (slice(None),) * dim + (part,))
-                for part in (slice(0, cut), slice(cut, size))
-            ]
-            assert torch.equal(torch.cat(parts, dim=dim), whole), (slot.name, dim)
+            parts = [slice(0, size // 2), slice(size // 2, size)]
+            halves = [tensors.read(slot, (slice(None),) * dim + (part,)) for part in parts]
+            assert torch.equal(torch.cat(halves, dim=dim), whole), (slot.name, dim)
         if len(slot.shape) == 3:
             assert torch.equal(tensors.read(slot, (slice(1, 3), slice(2, 5), slice(0, 7))), whole[1:3, 2:5, 0:7])
 
 
-@pytest.mark.parametrize("case", ["stacks of our own type", "stacks of a twin", "stacked biases"])
-def test_experts_outside_the_part_are_not_made(made, monkeypatch, case):
-    family, wanted, settings = PARTS[case]
-    place, numbers = made(family), []
+@pytest.mark.parametrize("case", PARTS)
+def test_each_of_two_ranks_makes_its_own_experts_alone(made, monkeypatch, case):
+    place, numbers = made(PARTS[case][0]), []
 
     def recorded(*args: Any, expert: int, **rest: Any) -> torch.Tensor:
         numbers.append(expert)
         return expert_part(*args, expert=expert, **rest)
 
     monkeypatch.setattr("moewright.upcycle.tensors.expert_part", recorded)
-    plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
-    tensors, stacks = SparseTensors(plan, measure(plan)), 0
-    for slot in plan.format.slots(plan.model):
-        if any(piece.expert >= 0 and piece.part != "down_bias" for piece in slot.pieces):
-            numbers.clear()
-            tensors.read(slot, (slice(1, 3),))
-            assert set(numbers) == {1, 2}, slot.name
-            stacks += 1
-    assert stacks >= 2 * len(plan.layers)
+    plan, tensors = planned(place, case)
+    fill(plan.model, plan.format, tensors)
+    experts = plan.config.experts
+    assert set(numbers) >= set(range(experts))
+    for rank in (0, 1):
+        mine = range(rank * experts // 2, (rank + 1) * experts // 2)
+
+        def part_of(name: str, meta: torch.Tensor, mine: range = mine) -> tuple[slice, ...]:
+            first = slice(mine.start, mine.stop) if ".experts." in name else slice(None)
+            return (first, *(slice(None),) * (meta.dim() - 1))
+
+        numbers.clear()
+        here, tensors = planned(place, case)
+        fill(here.model, here.format, tensors, part_of=part_of)
+        assert {number for number in numbers if number >= 0} == set(mine)
+        whole = dict(plan.model.named_parameters())
+        for name, parameter in here.model.named_parameters():
+            assert torch.equal(parameter, whole[name][part_of(name, whole[name])]), name
 
 
 # -- what is in the tensors --
@@ -614,7 +620,7 @@ def test_senseless_methods_are_refused(changes, words):
         ({"prompts": "prompts.json"}, "prompts=.* is ignored: router_start is normal"),
         ({"shared_mode": "gated"}, "shared_mode=gated is ignored: shared_size is 0"),
         ({"shared_neurons": "new"}, "shared_neurons=new is ignored: shared_size is 0"),
-        ({"calibration_text": "text.txt"}, "calibration text is ignored: scale=exact"),
+        ({"calibration_text": "text.txt"}, "calibration_text is ignored: scale=exact"),
     ],
 )
 def test_ignored_settings_are_named(made, changes, words):
@@ -627,7 +633,7 @@ def test_ignored_settings_are_named(made, changes, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (HALF | {"neurons": "important"}, "neurons=important is measured on text: give a calibration text"),
+        (HALF | {"neurons": "important"}, "neurons=important is measured on text: give a calibration_text"),
         (SHARED | {"shared_neurons": "important"}, "shared_neurons=important is measured on text"),
         (FINE | {"router_start": "centroids"}, "router_start=centroids is measured on text"),
         (FINE | {"shared_size": 64}, "shared_size=64: a shared expert carved from a width of 64 takes 1 to 63"),

@@ -67,7 +67,7 @@ def make_folder(
     comparisons: list[Comparison] = []
     if dry_run:
         if texts is not None:
-            warnings.warn("the text to verify on is ignored: a dry run writes nothing to compare", stacklevel=3)
+            warnings.warn("verify_text is ignored: a dry run writes nothing to compare", stacklevel=3)
         disk = next(parent for parent in writer.target.absolute().parents if parent.exists())
         require_space(disk, summary["bytes"])
         summary["free_bytes"] = shutil.disk_usage(disk).free

@@ -326,8 +326,6 @@ class UpcycleConfig:
 
 def require_siblings_fit(*, siblings: int, experts: int, granularity: int) -> None:
     """`UsageError` unless every sibling owns equally many virtual groups, one at least."""
-    if siblings < 2:
-        raise UsageError(f"{siblings} model to mix: branch-train-mix takes two or more fine-tuned siblings")
     if experts % (granularity * siblings):
         raise UsageError(
             f"experts={experts} with granularity={granularity} and {siblings} siblings: each owns equally many virtual "

@@ -12,6 +12,7 @@ from moewright.backbone.blocks import moe_layers
 from moewright.backbone.formats.base import Twin
 from moewright.backbone.formats.qwen import silent_expert
 from moewright.backbone.formats.rows import Constant, Count, Fields, Flag, LastLayers, Number, Only, Row
+from moewright.backbone.formats.runtimes import NOT_READ
 from moewright.backbone.slots import Slot
 from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig
@@ -148,4 +149,5 @@ DEEPSEEK_V3: Final = SigmoidRouters(
     parts=SIGMOID_PARTS,
     rows=sigmoid_rows(groups=(8, 4), scale=2.5),
     sparse=LastLayers("first_k_dense_replace", default=3),
+    runtimes=NOT_READ,
 )
