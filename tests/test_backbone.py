@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from moewright.backbone.blocks import configure, moe_layers, routing_contexts
-from moewright.backbone.formats.choose import choose_format, format_for, refusals
+from moewright.backbone.formats.choose import TWINS, choose_format, format_for
 from moewright.backbone.graft import graft, ungraft
 from moewright.backbone.load import FolderSource, fill, load_model, open_skeleton
 from moewright.backbone.save import save_model
@@ -150,7 +150,7 @@ def test_what_no_twin_computes_is_refused(model_type, changes, layers, order, wo
     config = tiny_config(model_type, **changes)
     configs = dict.fromkeys(layers, moe_config(router_order=order))
     assert choose_format(config, configs).name == "moewright"
-    assert re.search(words, "; ".join(refusals(config, configs).values()))
+    assert re.search(words, "; ".join(str(twin.refuses(config, configs)) for twin in TWINS))
     with pytest.raises(ModelError, match=f"format=mixtral: it does not compute this {model_type} model"):
         choose_format(config, configs, wanted="mixtral")
 
