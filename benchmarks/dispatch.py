@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 
 from benchmarks.measure import Plan, Rounds, Step, environment, kept_bytes, milliseconds, peak_bytes, say
 from moewright.moe.config import MoEConfig
-from moewright.moe.dispatch import combine, dispatch, sort_by_expert
+from moewright.moe.dispatch import combine, dispatch
+from moewright.moe.exchange import sort_by_expert
 from moewright.moe.router import Router
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
+from moewright.moe.step import RoutingStep
 from tests import reference
 
 D, F, E, K = 8, 3, 6, 2
@@ -34,6 +35,7 @@ OPTIONS: dict[str, Changes] = {
     "routed_scale": {"routed_scale": 2.5},
     "groups": _GROUPS,
     "groups by two": {**_GROUPS, "group_score": "top2"},
+    "router_bias": {"router_bias": True},
     "selection_bias": {"selection_bias": True, "bias_update_rate": 0.125},
     "input_jitter": {"input_jitter": 0.25},
     "normal noise": {"logit_noise": 0.5},
@@ -52,6 +54,7 @@ OPTIONS: dict[str, Changes] = {
     "z_loss": {"z_loss": 0.125},
     "no gate": {"gated": False},
     "squared ReLU": {"activation": "relu2"},
+    "clamped SwiGLU": {"activation": "swiglu_oai"},
     "expert_bias": {"expert_bias": True},
     "shared": {"shared_size": 5},
     "shared, gated": {"shared_size": 5, "shared_mode": "gated"},
@@ -73,6 +76,8 @@ COMBINATIONS: dict[str, Changes] = {
     | {"balance_loss": 0.25, "balance_scope": "global"},
     "Skywork": {"logit_norm": 1.0, **_CAPACITY, "balance_loss": 0.25, "balance_adaptation": 0.2}
     | {"drop_policy": "probability", "router_order": "topk-softmax", "renormalize": True},
+    "gpt-oss": {"router_order": "topk-softmax", "router_bias": True, "expert_bias": True, "activation": "swiglu_oai"}
+    | {"top_k": 4, "balance_loss": 0.25},
     "residual MoE": {"top_k": 1, "shared_size": 5, "shared_mode": "residual", "expert_bias": True, **_CAPACITY}
     | {"input_jitter": 0.125, "first_choices_first": False, "gated": False, "activation": "gelu"},
     "encoder": {**OPTIONS["expert choice"], "score": "sigmoid", "renormalize": True, "routed_scale": 2.5}
@@ -101,11 +106,18 @@ def layer_of(changes: Changes, *, dtype: torch.dtype = torch.float64, seed: int 
     layer.context.loss_scale = torch.tensor(LOSS_SCALE)
     with torch.no_grad():
         layer.router.weight.normal_(std=0.5)
+        if layer.config.router_bias:
+            layer.router.linear_bias.normal_(std=0.5)
         if layer.config.selection_bias:
             layer.router.bias.normal_(std=0.1)
         if layer.config.shared_mode != "added":
             layer.shared.gate.weight.normal_(std=0.5)
     return layer
+
+
+def step_of(*layers: MoELayer, **more: Any) -> RoutingStep:
+    """The protocol of a step for layers of one stack, the first one's."""
+    return RoutingStep({"decoder": (layers[0].context, layers)}, **more)
 
 
 def probe(layer: MoELayer) -> MoELayer:
@@ -155,9 +167,9 @@ class Recorder(TorchFunctionMode):
 
     def of_shape(self, rows: int, columns: int, names: Set[str] = NAMES) -> Tensor:
         """The one draw of so many numbers by one of these functions, as float64."""
-        found = [(name, value) for name, value in self.drawn if name in names and value.numel() == rows * columns]
-        assert len(found) == 1, f"{[(name, value.shape) for name, value in self.drawn]} for ({rows}, {columns})"
-        return found[0][1].reshape(rows, columns).double()
+        draws = [(name, value) for name, value in self.drawn if name in names and value.numel() == rows * columns]
+        assert len(draws) == 1, f"{[(name, value.shape) for name, value in self.drawn]} for ({rows}, {columns})"
+        return draws[0][1].reshape(rows, columns).double()
 
 
 def draws_of(layer: MoELayer, recorder: Recorder, x: Tensor, mask_T: Tensor, *, seed: int) -> reference.Draws:
@@ -260,16 +272,16 @@ def wanted(layer: MoELayer, given: Batch, draws: reference.Draws, earlier: list[
     return Wanted(result, {name: torch.zeros(1) if grad is None else grad for name, grad in gradients.items()})
 
 
-def distance(found: Tensor, right: Tensor) -> float:
+def distance(actual: Tensor, right: Tensor) -> float:
     """Relative, but absolute where hardly anything is wanted."""
-    return ((found.double() - right).norm() / right.norm().clamp(min=1e-2)).item()
+    return ((actual.double() - right).norm() / right.norm().clamp(min=1e-2)).item()
 
 
-def assert_equal(layer: MoELayer, found: Outcome, right: Wanted, *, tolerance: float = 1e-11) -> None:
+def assert_equal(layer: MoELayer, outcome: Outcome, right: Wanted, *, tolerance: float = 1e-11) -> None:
     """Output, gradients and statistics."""
-    assert distance(found.output_TD, right.result.output_TD) < tolerance
+    assert distance(outcome.output_TD, right.result.output_TD) < tolerance
     for name, gradient in right.gradients.items():
-        assert distance(found.gradients[name], gradient) < tolerance, f"gradient of {name}"
+        assert distance(outcome.gradients[name], gradient) < tolerance, f"gradient of {name}"
     stats, result = layer.stats, right.result
     assert stats.tokens_per_expert.tolist() == result.tokens_per_expert
     chosen = max(sum(result.tokens_per_expert), 1)

@@ -28,13 +28,20 @@ ACTIVATION = {
 }
 
 
+def between(hidden: Tensor, *, activation: str, gated: bool) -> Tensor:
+    """What stands between the two products: (H,) -> (F,)."""
+    if not gated:
+        return ACTIVATION[activation](hidden)
+    gate, up = hidden[: len(hidden) // 2], hidden[len(hidden) // 2 :]
+    if activation == "swiglu_oai":
+        gate, up = torch.where(gate > 7, 7.0, gate), torch.where(up.abs() > 7, 7 * up.sign(), up)
+        return gate / (1 + (-1.702 * gate).exp()) * (up + 1)
+    return ACTIVATION[activation](gate) * up
+
+
 def expert(x: Tensor, first: Tensor, down: Tensor, *, activation: str, gated: bool) -> Tensor:
     """One expert on one token: x (D,), first (2F, D) or (F, D), down (D, F)."""
-    act = ACTIVATION[activation]
-    if gated:
-        width = first.shape[0] // 2
-        return down @ (act(first[:width] @ x) * (first[width:] @ x))
-    return down @ act(first @ x)
+    return down @ between(first @ x, activation=activation, gated=gated)
 
 
 def choose(logits: Tensor, top_k: int, order: str) -> dict[int, Tensor]:
@@ -95,9 +102,11 @@ Weights = dict[str, Tensor]
 """The layer's parameters and its selection bias, by their names there."""
 
 
-def router_logits(x: Tensor, router: Tensor, config: MoEConfig) -> Tensor:
+def router_logits(x: Tensor, weights: Weights, config: MoEConfig) -> Tensor:
     """(D,) -> (E,)."""
-    z_E = router @ x
+    z_E = weights["router.weight"] @ x
+    if config.router_bias:
+        z_E = z_E + weights["router.linear_bias"]
     if config.logit_norm:
         deviation = ((z_E - z_E.mean()) ** 2).mean().sqrt()
         z_E = config.logit_norm * (z_E - z_E.mean()) / (deviation + 1e-6)
@@ -251,11 +260,7 @@ def expert_weights(weights: Weights, config: MoEConfig) -> tuple[Tensor, Tensor,
 def biased_expert(
     x: Tensor, first: Tensor, down: Tensor, first_bias: Tensor, down_bias: Tensor, config: MoEConfig
 ) -> Tensor:
-    inner, act = first @ x + first_bias, ACTIVATION[config.activation]
-    if config.gated:
-        width = len(inner) // 2
-        return down @ (act(inner[:width]) * inner[width:]) + down_bias
-    return down @ act(inner) + down_bias
+    return down @ between(first @ x + first_bias, activation=config.activation, gated=config.gated) + down_bias
 
 
 def layer(
@@ -275,7 +280,7 @@ def layer(
     """
     T = len(x)
     seen = x if draws.jitter_TD is None else x * draws.jitter_TD
-    logits = [router_logits(token, weights["router.weight"], config) for token in seen]
+    logits = [router_logits(token, weights, config) for token in seen]
     noisy = logits
     if draws.noise_TE is not None:
         noisy = [z + config.logit_noise * noise for z, noise in zip(logits, draws.noise_TE, strict=True)]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moewright.moe.config import DROP_POLICIES
 from moewright.moe.layer import MoELayer
 from tests import reference
-from tests.options import Changes, combine_weights, layer_of, probe
+from tests.options import LOSS_SCALE, Changes, combine_weights, layer_of, probe, step_of
 
 D = 10
 
@@ -209,14 +209,15 @@ def test_a_recomputed_block_draws_what_it_drew(reentrant):
     gradients = []
     for recompute in (False, True):
         layer = layer_with(top_k=2, balance_loss=0.25, logit_noise=0.5, **changes)
-        x = tokens(40).requires_grad_()
+        step, x = step_of(layer), tokens(40).requires_grad_()
+        step.begin_micro_batch({"decoder": LOSS_SCALE})
         torch.manual_seed(3)
         y = checkpoint(layer, x, use_reentrant=reentrant) if recompute else layer(x)
         dropped = layer.stats.dropped_share.item()
         torch.manual_seed(4)  # something else is drawn before the backward pass
         y.square().sum().backward()
-        layer.after_backward()
+        step.after_backward()
         assert 0 < dropped == layer.stats.dropped_share.item()
-        assert layer.step_counts.sum() == 80 + round(80 * dropped)
+        assert layer.stats.step_counts.sum() == 80 + round(80 * dropped)
         gradients.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -208,7 +208,7 @@ def test_what_is_not_compared_is_said(tmp_path, capsys):
         ({"relative_logit_difference": float("nan")}, "logits differ"),
         ({"other_experts": 3}, "3 choices"),
         ({"greedy_tokens_agree": False}, "generated tokens"),
-        ({"deaf_settings": ("norm_topk_prob",)}, "does not hear norm_topk_prob"),
+        ({"deaf_settings": ("norm_topk_prob",)}, "ignores norm_topk_prob"),
         ({"keys": ("missing lm_head.weight",)}, "missing lm_head"),
         ({"expert_faults": ("model.layers.0.mlp: expert 2 and 5 of 9 tokens",)}, "expert 2"),
     ],
@@ -317,6 +317,15 @@ def test_layers_that_become_sparse_late_are_probed_too(tmp_path):
     model = grafted("llama", {5: moe_of("llama")}, num_hidden_layers=6)
     report = export_folder(save_model(model, tmp_path / "own", format="moewright"), tmp_path / "out", to="qwen2_moe")
     assert not report.proof.problems
+
+
+@pytest.mark.parametrize("changes", [{"balance_scope": "global"}, {"balance_adaptation": 0.2, "capacity_factor": 1.0}])
+def test_what_only_training_reads_is_left_behind(tmp_path, changes):
+    source = sparse_folder(tmp_path / "own", balance_loss=0.1, **changes)
+    report = export_folder(source, tmp_path / "out", to="qwen2_moe")
+    assert not report.proof.problems
+    moving = load_model(source).state_dict().keys() - load_model(tmp_path / "out").state_dict().keys()
+    assert {name.rpartition(".")[2] for name in moving} in ({"previous_counts"}, {"balance_coefficient"})
 
 
 def test_the_reference_leaves_padding_out():

@@ -274,9 +274,9 @@ def test_what_it_does_not_compute_is_refused(model_type, backbone, changes, word
 
 def test_dense_layers_must_come_first():
     config = tiny_config("llama", num_hidden_layers=3)
-    assert choose_format(config, dict.fromkeys((1, 2), sigmoid())).model_type == "glm4_moe"
+    assert choose_format(config, dict.fromkeys((1, 2), sigmoid())).name == "glm4_moe"
     for layers in ((0, 1), (0, 2), (1,)):
-        assert choose_format(config, dict.fromkeys(layers, sigmoid())) is None
+        assert choose_format(config, dict.fromkeys(layers, sigmoid())).name == "moewright"
 
 
 @pytest.mark.parametrize(

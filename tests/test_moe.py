@@ -1,7 +1,10 @@
 """The layer against its definition in float64, and the properties that every option keeps."""
 
+import ast
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from moewright import moe
 from moewright.errors import UsageError
 from moewright.moe import kernels
-from moewright.moe.activations import ACTIVATIONS
+from moewright.moe.activations import ACTIVATIONS, GATED_ACTIVATIONS
 from moewright.moe.balance import attach_loss, count_tokens, switch_loss, z_loss
 from moewright.moe.config import ROUTER_ORDERS, MoEConfig
-from moewright.moe.dispatch import combine, dispatch, sort_by_expert
+from moewright.moe.dispatch import combine, dispatch
+from moewright.moe.exchange import sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels import KERNELS, build, default_kernel
-from moewright.moe.kernels.base import ExpertWeights
 from moewright.moe.kernels.memory import empty
 from moewright.moe.layer import MoELayer
 from tests import reference
@@ -54,8 +59,19 @@ def expected(layer: MoELayer, x: torch.Tensor, weights: list[torch.Tensor]) -> t
     )
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+def relative(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((actual.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+
+
+def test_files_are_read_in_the_order_that_the_package_names():
+    folder = Path(moe.__file__).parent
+    order = re.findall(r"[a-z]+", moe.__doc__.partition("before it: ")[2])
+    assert sorted(order) == sorted(p.stem for p in folder.iterdir() if p.suffix == ".py" or p.name == "kernels")[1:]
+    for name in order:
+        for path in (folder / name).glob("*.py") if name == "kernels" else [folder / f"{name}.py"]:
+            lines = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            imported = {line.module.split(".")[2] for line in lines if line.module.startswith("moewright.moe.")}
+            assert imported - {name} <= set(order[: order.index(name)]), path
 
 
 HERE = ("grouped", "loop", "native")
@@ -195,6 +211,32 @@ def test_activations_are_those_of_transformers(name):
     torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_clamps_of_gpt_oss_are_those_of_the_definition(kernel, dtype):
+    # So far out that a good part of both halves is clamped, at either end of the up half.
+    layer = layer_of(kernel=kernel, activation="swiglu_oai", expert_bias=True, dtype=dtype)
+    with torch.no_grad():
+        layer.experts.gate_up_proj.mul_(20)
+    x = tokens(dtype=dtype)
+    upstream = torch.randn(T, D, generator=torch.Generator().manual_seed(2)).to(dtype)
+    output = layer(x)
+    output.backward(upstream)
+
+    weights = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    x64 = x.detach().double().requires_grad_()
+    hidden = torch.einsum("td,ehd->teh", x64, weights["experts.gate_up_proj"])
+    for clamped in (hidden[..., :F] > 7, hidden[..., F:] > 7, hidden[..., F:] < -7):
+        assert 0.05 < clamped.double().mean() < 0.9, "a case that tells nothing"
+    wanted = reference.layer(x64, weights, layer.config, training=True).output_TD
+    wanted.backward(upstream.double())
+    tolerance = 5e-6 if dtype == torch.float32 else 3e-2
+    assert relative(output, wanted) < tolerance
+    assert relative(x.grad, x64.grad) < tolerance
+    for name, parameter in layer.named_parameters():
+        assert relative(parameter.grad, weights[name].grad) < tolerance, name
+
+
 def test_statistics_count_a_token_once_under_recomputation():
     layer = layer_of(balance_loss=0.1)
     x = tokens()
@@ -318,9 +360,11 @@ def test_outputs_can_be_changed_in_place():
     output.sum().backward()
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_native_activations_are_those_of_transformers(name, gated):
+BOTH = [(name, gated) for gated in (True, False) for name in sorted(ACTIVATIONS)]
+
+
+@pytest.mark.parametrize(("name", "gated"), [*BOTH, *((name, True) for name in GATED_ACTIVATIONS)])
+def test_native_activations_are_those_of_torch(name, gated):
     # Written again in C++, with derivatives of their own: compared far out, too.
     results = []
     for kernel in ("loop", "native"):
@@ -379,12 +423,16 @@ def test_auto_is_native_on_a_cpu_and_grouped_where_it_cannot_be_compiled(tmp_pat
 
 
 @pytest.mark.parametrize("kernel", HERE)
-@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS | GATED_ACTIVATIONS))
 def test_what_is_not_a_number_stays_so(name, kernel):
     # The training loop stops at a loss that is not finite: no kernel may swallow it.
     layer = layer_of(kernel=kernel, activation=name, router_order="softmax-topk")
     with torch.no_grad():
         layer.experts.gate_up_proj[:, F // 2] = float("nan")
+    assert layer(tokens()).isnan().all()
+    with torch.no_grad():
+        layer.experts.gate_up_proj[:, F // 2] = 1.0
+        layer.experts.gate_up_proj[:, F] = float("nan")  # a row of the up half
     assert layer(tokens()).isnan().all()
 
 
@@ -418,7 +466,8 @@ def test_casts_and_the_meta_device_keep_what_moves_outside_the_gradient():
     assert layer.balance_coefficient.item() == pytest.approx(0.250001)
     empty_layer = MoELayer(layer.config, device="meta").to_empty(device="cpu")
     assert empty_layer.balance_coefficient.item() == 0.25
-    assert empty_layer.step_counts.tolist() == [0] * (E + 1)
+    assert empty_layer.previous_counts.tolist() == [0] * E
+    assert empty_layer.stats.step_counts.tolist() == [0] * (E + 1)
 
 
 def test_native_kernel_computes_only_gradients_that_are_asked_for():

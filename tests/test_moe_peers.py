@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, MixtralConfig, Qwen2MoeConfig, SwitchTransformersConfig
+from transformers import DeepseekV3Config, GptOssConfig, MixtralConfig, Qwen2MoeConfig, SwitchTransformersConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func as pooled_loss
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -58,9 +59,9 @@ def assert_same(layer: MoELayer, theirs: nn.Module) -> None:
     """Output, and the gradients of the tokens and of the router."""
     x, y = tokens().requires_grad_(), tokens().requires_grad_()
     upstream = tokens(seed=2)
-    found, wanted = layer(x), theirs(y)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    found.backward(upstream)
+    actual, wanted = layer(x), theirs(y)
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+    actual.backward(upstream)
     wanted.backward(upstream)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
     router = theirs.router.classifier if hasattr(theirs, "router") else theirs.gate
@@ -125,6 +126,50 @@ def test_deepseek_has_sigmoids_groups_a_bias_a_scale_and_shared_experts(groups, 
     )
     bias = {"gate.e_score_correction_bias": layer.router.bias}
     assert_same(layer, with_values(DeepseekV3MoE(config), routed(layer) | bias | shared(layer, "shared_experts")))
+
+
+def test_gpt_oss_has_biases_everywhere_and_clamps_both_halves():
+    # Theirs stand transposed, and rows of gate and up alternate.
+    settings: dict[str, Any] = {"router_bias": True, "expert_bias": True, "activation": "swiglu_oai"}
+    layer = ours(router_order="topk-softmax", top_k=3, **settings)
+    experts = layer.experts
+    with torch.no_grad():
+        experts.gate_up_proj.mul_(20)
+    config = GptOssConfig(
+        hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=3, experts_implementation="eager"
+    )
+    values = {
+        "router.weight": layer.router.weight,
+        "router.bias": layer.router.linear_bias,
+        "experts.gate_up_proj": alternating(experts.gate_up_proj).transpose(1, 2),
+        "experts.gate_up_proj_bias": alternating(experts.gate_up_proj_bias),
+        "experts.down_proj": experts.down_proj.transpose(1, 2),
+        "experts.down_proj_bias": experts.down_proj_bias,
+    }
+    theirs = with_values(GptOssMLP(config), values)
+    x, y = tokens().requires_grad_(), tokens().requires_grad_()
+    hidden = torch.einsum("bsd,ehd->bseh", x, experts.gate_up_proj)
+    assert all(0.05 < (side > 7).float().mean() < 0.9 for side in (hidden[..., :F], hidden[..., F:], -hidden[..., F:]))
+    actual, wanted = layer(x), theirs(y)[0]
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    actual.backward(tokens(seed=2))
+    wanted.backward(tokens(seed=2))
+    pairs = {
+        "router.weight": layer.router.weight.grad,
+        "router.bias": layer.router.linear_bias.grad,
+        "experts.gate_up_proj": alternating(experts.gate_up_proj.grad).transpose(1, 2),
+        "experts.gate_up_proj_bias": alternating(experts.gate_up_proj_bias.grad),
+        "experts.down_proj": experts.down_proj.grad.transpose(1, 2),
+        "experts.down_proj_bias": experts.down_proj_bias.grad,
+    }
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-4)
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(pairs[name], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def alternating(rows_EH: Tensor) -> Tensor:
+    """Gate and up rows in turns, of a tensor with the gate half first; the halves are those of dim 1."""
+    return torch.stack(rows_EH.detach().chunk(2, dim=1), dim=2).flatten(1, 2)
 
 
 def switch(layer: MoELayer, capacity: int, jitter: float = 0.0) -> nn.Module:

@@ -30,6 +30,7 @@ ILLEGAL = {
     ("normal noise", "expert choice"): ("logit_noise=0.5", "choice=expert"),
     ("gumbel noise", "expert choice"): ("logit_noise=1.0", "choice=expert"),
     ("logit_norm", "z_loss"): ("logit_norm=1.5", "z_loss=0.125"),
+    ("no gate", "clamped SwiGLU"): ("gated=False", "activation=swiglu_oai"),
     ("expert choice", "capacity"): ("choice=expert", "capacity factor"),
     ("expert choice", "evaluation capacity"): ("choice=expert", "capacity factor"),
     ("expert choice", "drop by probability"): ("choice=expert", "capacity factor"),
@@ -73,14 +74,14 @@ LACKING = [
 
 def pairs() -> list[tuple[str, str]]:
     """Those of two options that do not set the same field otherwise, and of which neither includes the other."""
-    found = []
+    allowed = []
     for a, b in combinations(OPTIONS, 2):
         one, other = OPTIONS[a], OPTIONS[b]
         if any(one[key] != other[key] for key in one.keys() & other.keys()):
             continue
         if filled(one | other) not in (filled(one), filled(other)):
-            found.append((a, b))
-    return found
+            allowed.append((a, b))
+    return allowed
 
 
 LEGAL = [pair for pair in pairs() if pair not in ILLEGAL]

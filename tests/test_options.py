@@ -22,6 +22,7 @@ from tests.options import (
     combine_weights,
     layer_of,
     run,
+    step_of,
     wanted,
 )
 
@@ -36,8 +37,8 @@ ATTACHED = [name for name, changes in ALL.items() if "balance_loss" in changes o
 def test_values_and_gradients_are_those_of_the_definition(name, training, padded):
     layer = layer_of(ALL[name]).train(training)
     given = batch(layer, padded=padded)
-    found = run(layer, given)
-    assert_equal(layer, found, wanted(layer, given, found.draws))
+    outcome = run(layer, given)
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -46,8 +47,8 @@ def test_the_fast_kernels_in_float32_compute_it_too(name, kernel):
     skip_what_cannot_be_built(kernel)
     layer = layer_of({**ALL[name], "kernel": kernel}, dtype=torch.float32)
     given = batch(layer, padded=True)
-    found = run(layer, given)
-    assert_equal(layer, found, wanted(layer, given, found.draws), tolerance=5e-6)
+    outcome = run(layer, given)
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws), tolerance=5e-6)
 
 
 def skip_what_cannot_be_built(kernel: str) -> None:
@@ -61,8 +62,8 @@ def skip_what_cannot_be_built(kernel: str) -> None:
 def test_every_form_of_expert_computes_the_definition(activation, gated, bias):
     layer = layer_of({"activation": activation, "gated": gated, "expert_bias": bias, "shared_size": 4})
     given = batch(layer, padded=False)
-    found = run(layer, given)
-    assert_equal(layer, found, wanted(layer, given, found.draws))
+    outcome = run(layer, given)
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -142,8 +143,10 @@ def test_hardly_any_token_leaves_everything_finite(name, shape, kernel):
         if not layer.config.shared_size:
             assert not any(p.grad.any() for p in layer.parameters())
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in layer.parameters())
-    layer.after_backward()
-    layer.after_step()
+    step = step_of(layer)
+    step.begin_micro_batch({"decoder": 1.0})
+    step.after_backward()
+    step.end_step()
     assert torch.isfinite(layer.balance_coefficient)
 
 
@@ -243,6 +246,30 @@ def test_equal_scores_go_to_the_earlier_token():
     used = combine_weights(layer, x) != 0
     assert used[:10].all()
     assert not used[10:].any()
+
+
+def test_a_bias_of_the_logits_moves_the_choice_and_the_weights():
+    # The bias of the choice stands beside it, and no noise or norm comes between: z = W x + c, choice by s + b.
+    layer = layer_of({"router_bias": True, "selection_bias": True, "score": "sigmoid"}).eval()
+    x = torch.randn(50, D, dtype=torch.float64)
+    with torch.no_grad():
+        layer.router.bias.zero_()
+        layer.router.linear_bias[4] = 10.0
+    weights = combine_weights(layer, x)
+    right = torch.sigmoid(x @ layer.router.weight[4] + 10.0).detach()
+    torch.testing.assert_close(weights[:, 4], right)
+    layer.router.bias[4] = -10.0
+    assert not combine_weights(layer, x)[:, 4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_bias_of_the_logits_is_added_in_float32(dtype):
+    layer = layer_of({"router_bias": True, "top_k": 1}, dtype=dtype)
+    assert layer.router.linear_bias.dtype == dtype
+    x = torch.randn(1000, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    layer(x)
+    logits = x.double() @ layer.router.weight.double().t() + layer.router.linear_bias.double()
+    assert layer.stats.tokens_per_expert.tolist() == logits.argmax(-1).bincount(minlength=E).tolist()
 
 
 def test_a_selection_bias_moves_the_choice_and_not_the_weights():

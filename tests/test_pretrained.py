@@ -21,8 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import load_sharded_checkpoint
 from transformers.utils import hub
 
-from moewright.backbone import graft as grafting
-from moewright.backbone.blocks import moe_layers
+from moewright.backbone.blocks import HOOKS, moe_layers
 from moewright.backbone.graft import graft, ungraft
 from moewright.backbone.load import load_model
 from moewright.backbone.save import save_model
@@ -193,7 +192,7 @@ def test_an_ungrafted_model_saves_and_loads_as_before(tmp_path):
     model = tiny_model("llama")
     hooks = len(model._load_state_dict_pre_hooks)
     ungraft(model, graft(model, {0: moe_of("llama")}))
-    assert grafting.HOOKS not in model.__dict__
+    assert HOOKS not in model.__dict__
     assert type(model).__base__ is type(tiny_model("llama")).__base__
     assert len(model._load_state_dict_pre_hooks) == hooks
     model.save_pretrained(tmp_path / "out")

@@ -20,8 +20,8 @@ from moewright.checkpoint.read import ModelFolder
 from moewright.data.tokenizer import tokenise
 from moewright.errors import CheckpointError, DataError, ModelError, UsageError
 from moewright.family.table import family_of
-from moewright.train.config import load_run
 from moewright.train.loop import train
+from moewright.train.run_file import load_run
 from moewright.upcycle import observe as observe_module
 from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
@@ -537,7 +537,7 @@ def test_a_run_file_has_every_setting(made, tmp_path):
     (tmp_path / "run.toml").write_text(head + "[upcycle]\n" + "\n".join(lines))
     config = load_run(tmp_path / "run.toml").upcycle
     assert config == UpcycleConfig(**settings | {"siblings": ("sibling",)})
-    with pytest.raises(UsageError, match=r"upcycle\.neurons = \"best\": choose one of contiguous, shuffled"):
+    with pytest.raises(UsageError, match=r"--upcycle\.neurons best: choose one of contiguous"):
         load_run(tmp_path / "run.toml", ["--upcycle.neurons", "best"])
     run = make_run(tmp_path / "run", upcycle=config_in(place, settings), steps=2)
     train(run)

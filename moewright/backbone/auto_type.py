@@ -174,8 +174,8 @@ def _refuse_changes(config: MoewrightConfig, plain: MoewrightConfig, arguments: 
     changes += sorted(name for name in asked if arguments[name] is not False or hasattr(config, name))
     if changes:
         raise UsageError(
-            f"{', '.join(changes)}: of a folder of type {OWN} only dtype, device and attn_implementation can be chosen "
-            "when it is loaded; change config.json, or the config of the loaded model"
+            f"{', '.join(changes)}: of a folder of type {OWN} only dtype, device_map and attn_implementation can be "
+            "chosen when it is loaded; change its config.json, or the loaded model"
         )
 
 

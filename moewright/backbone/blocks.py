@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 
 from moewright.errors import UsageError
@@ -17,6 +18,7 @@ from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
 from moewright.moe.layer import MoELayer
+from moewright.moe.step import RoutingStep
 
 HOOKS: Final = "_moewright_hooks"
 """Where a model with MoELayers keeps the handles of its hooks."""
@@ -38,7 +40,7 @@ def put_in(model: PreTrainedModel, layers: Mapping[int, MoEConfig]) -> dict[int,
     for layer, config in _placed(layers, places, model.config.hidden_size).items():
         place = places[layer]
         context = contexts.setdefault(place.stack.name, RoutingContext())
-        like = next(model.get_submodule(moe_path(place)).parameters())
+        like = next(_block(model, place).parameters())
         moe = MoELayer(config, context=context, device=like.device, dtype=like.dtype)
         moe.train(model.get_submodule(place.layer).training)
         taken[layer] = _put(model, place, moe)
@@ -64,6 +66,17 @@ def take_out(model: PreTrainedModel, blocks: Mapping[int, nn.Module]) -> dict[in
         for handle in model.__dict__.pop(HOOKS):
             handle.remove()
     return {layer: sparse[layer] for layer in blocks}
+
+
+class Paired(nn.Module):
+    """A MoELayer for a layer whose block returns its router's scores besides, which nobody reads."""
+
+    def __init__(self, moe: MoELayer) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        return self.moe(hidden_states), None
 
 
 class Inline(nn.Module):
@@ -94,14 +107,21 @@ class Inline(nn.Module):
 
 def moe_path(place: Place) -> str:
     """Path of the module that is, or would be, a layer's MoELayer."""
-    return place.path("") if place.stack.block else f"{place.layer}.fc1"
+    if not place.stack.block:
+        return f"{place.layer}.fc1"
+    return place.path("moe" if place.stack.paired else "")
 
 
 def moe_layers(model: PreTrainedModel) -> dict[int, MoELayer]:
     """The MoELayers of a model by layer number; empty for a dense model."""
     places = family_of(model.config).places(model.config)
-    modules = ((layer, model.get_submodule(moe_path(place))) for layer, place in enumerate(places))
+    modules = ((layer, _block(model, place)) for layer, place in enumerate(places))
     return {layer: module for layer, module in modules if isinstance(module, MoELayer)}
+
+
+def _block(model: PreTrainedModel, place: Place) -> nn.Module:
+    block = model.get_submodule(place.path("") if place.stack.block else moe_path(place))
+    return block.moe if isinstance(block, Paired) else block
 
 
 def moe_configs(model: PreTrainedModel) -> dict[int, MoEConfig]:
@@ -112,6 +132,16 @@ def moe_configs(model: PreTrainedModel) -> dict[int, MoEConfig]:
 def routing_contexts(model: PreTrainedModel) -> tuple[RoutingContext, ...]:
     """The records that the MoELayers share, one for each stack that has such layers: none for a dense model."""
     return tuple(_contexts(model).values())
+
+
+def routing_step(model: PreTrainedModel, group: ProcessGroup | None = None) -> RoutingStep:
+    """The protocol of a training step for all MoELayers of a model; without any it does nothing."""
+    places, layers = family_of(model.config).places(model.config), moe_layers(model)
+    stacks = {
+        name: (context, [moe for layer, moe in layers.items() if places[layer].stack.name == name])
+        for name, context in _contexts(model).items()
+    }
+    return RoutingStep(stacks, group=group)
 
 
 def configure(model: PreTrainedModel, **settings: Any) -> None:
@@ -140,7 +170,7 @@ def _placed(layers: Mapping[int, MoEConfig], places: list[Place], hidden_size: i
 def _put(model: PreTrainedModel, place: Place, moe: MoELayer) -> nn.Module:
     if place.stack.block:
         block = model.get_submodule(place.path(""))
-        model.set_submodule(place.path(""), moe)
+        model.set_submodule(place.path(""), Paired(moe) if place.stack.paired else moe)
         return block
     layer = model.get_submodule(place.layer)
     inline = Inline(layer)

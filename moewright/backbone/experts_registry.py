@@ -18,9 +18,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from moewright.errors import UsageError
 from moewright.moe.activations import ACTIVATIONS
-from moewright.moe.dispatch import sort_by_expert
+from moewright.moe.exchange import sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels import default_kernel, kernel_named
-from moewright.moe.kernels.base import ExpertWeights
 
 NAME: Final = "moewright"
 

@@ -18,10 +18,12 @@ from transformers import PreTrainedModel
 from moewright.backbone.blocks import moe_path
 from moewright.family.row import Place
 from moewright.family.table import family_of
+from moewright.moe.config import TRAINING_BUFFERS
 from moewright.moe.layer import MoELayer
 
 PARTS: Final = {
     "router.weight": ("router",),
+    "router.linear_bias": ("router_bias",),
     "router.bias": ("selection_bias",),
     "experts.gate_up_proj": ("gate", "up"),
     "experts.up_proj": ("up",),
@@ -38,11 +40,12 @@ PARTS: Final = {
     "shared.gate.weight": ("shared_switch",),
     "shared.gate.bias": ("shared_switch_bias",),
     "balance_coefficient": (),
+    "previous_counts": (),
 }
 """The parameters and buffers that a MoELayer may have, and of which parts their rows consist (experts': each expert's
 rows). A part is what a dense model, too, would have as one tensor; the switch is what gates the shared expert."""
 
-FLOAT32: Final = ("router.bias", "balance_coefficient")
+FLOAT32: Final = ("router.bias", *TRAINING_BUFFERS)
 """Those that are float32 whatever the model's dtype, in memory and on disk."""
 
 Index = tuple[int | slice, ...]

@@ -20,6 +20,7 @@ from moewright.export.card import model_card
 from moewright.export.report import ExportReport
 from moewright.export.runtimes import Runtime, runtimes
 from moewright.export.verify import Proof, Reference, prove
+from moewright.moe.config import TRAINING_BUFFERS
 
 
 def export_folder(
@@ -78,7 +79,8 @@ def _write(writer: FolderWriter, source: Path, written_as: Format) -> None:
     written = ModelFolder(writer.path)
     written.record = written_as.record(model)  # as it will say when it is committed
     again, read_as = open_skeleton(written, dtype=model.dtype)
-    wrong = sorted(again.state_dict().keys() ^ model.state_dict().keys())
+    different = again.state_dict().keys() ^ model.state_dict().keys()
+    wrong = sorted(name for name in different if not name.endswith(TRAINING_BUFFERS))
     source_of = FolderSource(written)
     wrong += [
         slot.name

@@ -17,6 +17,8 @@ class Stack:
     """Path of a layer."""
     block: str = "mlp"
     """Path of the feed-forward module in it; empty where its two projections stand in the layer itself."""
+    paired: bool = False
+    """Whether the layer takes the first of two outputs of its block."""
     norm: str | None = "post_attention_layernorm"
     """Path in the layer of the norm whose output the block reads; None where it reads the residual stream."""
     name: str = "decoder"

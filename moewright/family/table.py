@@ -106,6 +106,8 @@ FAMILIES: Final = {
         _t5_family("mt5"),
         Family(model_type="olmoe", dense=False),
         Family(model_type="glm4_moe", dense=False),
+        Family(model_type="deepseek_v3", dense=False),
+        Family(model_type="gpt_oss", stacks=(Stack(paired=True),), bias=True, dense=False),
     )
 }
 

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from moewright.errors import UsageError
 
-WIDTHS = ("fpi", "aki")
-DEPTHS = ("interpolate", "stack")
+Width = Literal["fpi", "aki"]
+Depth = Literal["interpolate", "stack"]
+WIDTHS, DEPTHS = get_args(Width), get_args(Depth)
 MOST = 64
 """Times a size that growth reaches in one step: more is a slip of the keyboard, and would be planned for hours."""
 
@@ -41,10 +43,10 @@ class GrowConfig:
     layers: int | None = None
     """Number of layers, of each stack in an encoder-decoder; any that is not smaller. By default as in the source."""
 
-    width: str = "fpi"
+    width: Width = "fpi"
     """`fpi` copies neurons within a layer, `aki` takes the extra ones from the layer above."""
 
-    depth: str = "interpolate"
+    depth: Depth = "interpolate"
     """`interpolate` puts copies of a layer beside it, `stack` puts the whole model on top of itself."""
 
     seed: int | None = None

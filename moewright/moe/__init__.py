@@ -1,4 +1,5 @@
 """The mixture-of-experts layer: plain tensors in, plain tensors out.
 
-Read it in this order: config, router, balance, dispatch, experts (and kernels), stats, layer.
+Read its files in this order, in which each imports only from those before it: config; precision, activations, router;
+capacity; balance, stats, context; exchange, dispatch, experts, kernels; layer, step.
 """

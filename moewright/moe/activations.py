@@ -1,4 +1,7 @@
-"""Activations of the experts, by the names that Hugging Face configs use."""
+"""Activations of the experts, by the names that Hugging Face configs use.
+
+Letters: F expert width, H width of the first product (2F when gated, the gate half first; else F).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +33,11 @@ def _laplace(x: Tensor) -> Tensor:
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 
+
+def _swiglu_oai(gate: Tensor, up: Tensor) -> Tensor:
+    return (up.clamp(-7, 7) + 1) * _quick_gelu(gate.clamp(max=7))
+
+
 ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "gelu": F.gelu,
     "gelu_10": _clipped_gelu,
@@ -53,11 +61,26 @@ ACTIVATIONS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-"""Those with parameters of their own are not among them."""
+"""Element by element, and without parameters of their own."""
+
+GATED_ACTIVATIONS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"swiglu_oai": _swiglu_oai}
+"""Of gate and up together, so for gated experts alone: gpt-oss clamps both (arXiv 2508.10925)."""
 
 
-def activation_named(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that name; `UsageError` lists the names there are."""
+def activation_named(name: str, *, gated: bool) -> Callable[[Tensor], Tensor]:
+    """The function between an expert's two products, (..., H) -> (..., F); `UsageError` lists the names there are."""
+    if gated and name in GATED_ACTIVATIONS:
+        return partial(_of_halves, GATED_ACTIVATIONS[name])
     if name not in ACTIVATIONS:
-        raise UsageError(f"activation={name!r}: choose one of {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]
+        names = ACTIVATIONS | GATED_ACTIVATIONS if gated else ACTIVATIONS
+        raise UsageError(f"activation={name!r}: choose one of {', '.join(sorted(names))}")
+    return partial(_times_up, ACTIVATIONS[name]) if gated else ACTIVATIONS[name]
+
+
+def _of_halves(activation: Callable[[Tensor, Tensor], Tensor], hidden: Tensor) -> Tensor:
+    return activation(*hidden.chunk(2, dim=-1))
+
+
+def _times_up(activation: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return activation(gate) * up

@@ -1,4 +1,4 @@
-"""What defines one mixture-of-experts layer, and which combinations make no sense."""
+"""The settings that define one mixture-of-experts layer, and the combinations of them that are refused."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -47,6 +47,9 @@ TRAINING_FIELDS: Final = frozenset(
 )
 """The fields that do not change what a dropless layer computes in evaluation."""
 
+TRAINING_BUFFERS: Final = ("balance_coefficient", "previous_counts")
+"""The buffers of a layer that only its training reads; it has them in its state where these fields ask for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoESettings:
@@ -57,7 +60,7 @@ class MoESettings:
     """Coefficient of the load-balancing loss of Switch Transformers, in each layer."""
 
     balance_scope: BalanceScope = "micro-batch"
-    """Over what its load is counted: `micro-batch`, each `sequence`, or the `global` batch of the step."""
+    """Over what its load is counted: `micro-batch`, each `sequence`, or `global`, on all ranks for a whole step."""
 
     balance_adaptation: float = 0.0
     """If not 0, the coefficient follows this times the dropped share, from `balance_loss` on (Skywork-MoE: 0.2)."""
@@ -128,7 +131,7 @@ class MoEConfig(MoESettings):
     """Whether the model reads from left to right; then experts may not choose, as they would by later tokens."""
 
     score: Score = "softmax"
-    """What turns logits into scores: a softmax over the experts, or a sigmoid for each."""
+    """How logits become scores: by a softmax over the experts, or by a sigmoid of each."""
 
     router_order: RouterOrder | None = None
     """Softmax before the choice, over all experts, or after it, over the chosen; None takes `topk-softmax` where
@@ -138,22 +141,25 @@ class MoEConfig(MoESettings):
     """Whether a token's combine weights are divided by their sum over the experts that it kept."""
 
     routed_scale: float = 1.0
-    """What the combine weights are multiplied with at last."""
+    """Factor of the combine weights, applied last."""
 
     num_groups: int = 1
-    """Into how many groups of neighbours the experts are divided."""
+    """Number of groups of neighbouring experts."""
 
     top_groups: int = 1
-    """How many of the groups a token may choose experts from."""
+    """Number of groups from which a token may choose its experts."""
 
     group_score: GroupScore = "max"
-    """What ranks a group: its best score, or the sum of its best two."""
+    """Rank of a group: by its best score, or by the sum of its best two."""
+
+    router_bias: bool = False
+    """Whether the router's logits have a trained bias, one for each expert."""
 
     selection_bias: bool = False
     """Whether a bias for each expert is added to the scores for the choice alone, not to the combine weights."""
 
     bias_update_rate: float = 0.0
-    """By how much a step moves the selection bias of each expert towards an even load."""
+    """Size of the move that a step makes with each selection bias, towards an even load."""
 
     logit_norm: float = 0.0
     """If not 0, logits are first brought to mean 0 and this standard deviation over the experts."""
@@ -162,12 +168,12 @@ class MoEConfig(MoESettings):
     """The capacity factor in evaluation."""
 
     balance_loss: float = 0.0
-    """As above, but off where nobody asks for it: a layer by itself has no loss."""
+    """As above, but off by default: a layer by itself has no loss."""
 
     # -- what an expert is --
 
     activation: str = "silu"
-    """The activation of the experts, by its name in `moewright.moe.activations.ACTIVATIONS`."""
+    """The activation of the experts, by its name in `moewright.moe.activations`."""
 
     gated: bool = True
     """Whether an expert computes `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
@@ -214,6 +220,8 @@ class MoEConfig(MoESettings):
         yield from self._group_problems()
         yield from self._capacity_problems()
         yield from self._balance_problems()
+        if self.activation == "swiglu_oai" and not self.gated:
+            yield "activation=swiglu_oai with gated=False: it is a function of gate and up; set gated=True"
         if self.shared_mode != "added" and not self.shared_size:
             yield f"shared_mode={self.shared_mode} with shared_size=0: there is no shared expert; give its width"
 

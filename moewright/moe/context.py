@@ -1,8 +1,7 @@
-"""What a layer is told from outside for the forward pass at hand."""
+"""The record through which layers hear of the batch at hand: its padding, and the scale of its losses."""
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 
 class RoutingContext:
@@ -10,10 +9,8 @@ class RoutingContext:
 
     `token_mask`: (T,) bool over the flattened batch, True for a real token; None when all are real.
     `loss_scale`: what the auxiliary losses are multiplied with before they join the gradient, 0-dim
-    float32. A training loop sets it to the micro-batch's share of the step's tokens; it stays 1 under
+    float32. `RoutingStep` sets it to the micro-batch's share of the step's tokens; it stays 1 under
     a trainer that knows nothing of it, whose number of micro-batches then scales these losses.
-    `group`: the ranks whose batches make up a step, for what is counted over all of them (the balance loss of
-    global scope, bias updates); None for one process.
 
     A block that is recomputed must read what it read before: run the backward pass of one batch before
     the forward pass of the next.
@@ -22,4 +19,3 @@ class RoutingContext:
     def __init__(self) -> None:
         self.token_mask: Tensor | None = None
         self.loss_scale: Tensor = torch.ones(())
-        self.group: ProcessGroup | None = None

@@ -1,45 +1,16 @@
-"""Tokens to experts and back, by sorting.
+"""Copies of tokens in the order of their experts, and their weighted sums, for kernels that need them.
 
-Letters: T tokens, K experts a token, N = T * K assignments, D model width, E experts. Nothing here
+Letters: T tokens, K experts a token, N = T * K assignments sorted by expert, D model width. Nothing here
 is larger than (N, D): no tokens x experts x capacity one-hot. Every move in either direction of the
 graph is a gather, so results do not depend on the order in which threads finish.
-
-An assignment that belongs to no expert (its token is padding, or found no room) is sorted behind all
-others, so shapes do not depend on how many there are.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-class Permutation(NamedTuple):
-    """Where each assignment stands once all are sorted by expert."""
-
-    token_N: Tensor
-    """Token of the n-th sorted assignment, int64."""
-    position_TK: Tensor
-    """Sorted position of a token's k-th choice, int64: the inverse."""
-    order_N: Tensor
-    """Flat index t * K + k of the n-th sorted assignment, int64."""
-    ends_E: Tensor
-    """Where each expert's assignments end, int32; expert e owns positions ends[e-1] to ends[e]."""
-    partial: bool
-    """Whether there may be positions from ends[E-1] on: assignments of no expert."""
-
-
-def sort_by_expert(experts_TK: Tensor, *, num_experts: int, kept_TK: Tensor | None = None) -> Permutation:
-    """Sort assignments by expert, those that are not kept last; within one expert tokens keep their order."""
-    T, K = experts_TK.shape
-    if kept_TK is not None:
-        experts_TK = torch.where(kept_TK, experts_TK, num_experts)
-    sorted_N, order_N = experts_TK.flatten().sort(stable=True)
-    position_N = torch.empty_like(order_N)
-    position_N[order_N] = torch.arange(T * K, device=order_N.device)
-    experts_E = torch.arange(num_experts, device=sorted_N.device)
-    ends_E = torch.searchsorted(sorted_N, experts_E, right=True, out_int32=True)
-    return Permutation(order_N // K, position_N.view(T, K), order_N, ends_E, kept_TK is not None)
+from moewright.moe.exchange import Permutation
 
 
 class _Dispatch(torch.autograd.Function):

@@ -9,24 +9,17 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import all_reduce
 
 from moewright.errors import UsageError
-from moewright.moe.balance import (
-    attach_loss,
-    count_tokens,
-    moved_bias,
-    moved_coefficient,
-    sequence_switch_loss,
-    switch_loss,
-    z_loss,
-)
+from moewright.moe.balance import attach_loss, count_tokens, sequence_switch_loss, switch_loss, z_loss
 from moewright.moe.capacity import within_capacity
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
-from moewright.moe.dispatch import sort_by_expert
+from moewright.moe.exchange import Exchange, LocalExchange
 from moewright.moe.experts import Experts, SharedExpert
-from moewright.moe.router import Router, Routing, choose_tokens, combine_weights, finished
+from moewright.moe.kernels import default_kernel, kernel_named
+from moewright.moe.precision import keep_dtypes
+from moewright.moe.router import Router, Routing, choose_tokens, combine_weights, scaled_and_masked
 from moewright.moe.stats import RoutingStats
 
 
@@ -37,14 +30,13 @@ class MoELayer(nn.Module):
     a statistic. In training mode the auxiliary losses are attached to the combine weights, so every backward
     pass from the output goes through them, multiplied by `context.loss_scale`.
 
-    A training loop calls `after_backward` for each micro-batch and `after_step` for each step; what moves
-    outside the gradient (selection bias, adaptive coefficient) moves there.
+    What moves outside the gradient (selection bias, adaptive coefficient) is moved by `RoutingStep`.
     """
 
     balance_coefficient: Tensor
     """0-dim float32: what the balance loss is multiplied with, in place of `balance_loss`, if there is adaptation."""
-    step_counts: Tensor
-    """(E + 1,) int64, of this step's micro-batches so far: assignments to each expert, and dropped ones last."""
+    previous_counts: Tensor
+    """(E,) float32, assignments to each expert in the step before, over all ranks: for the global balance loss."""
 
     def __init__(
         self,
@@ -57,48 +49,30 @@ class MoELayer(nn.Module):
         super().__init__()
         self.context = RoutingContext() if context is None else context
         self.router = Router(config, device=device, dtype=dtype)
-        self.experts = Experts(
-            num_experts=config.num_experts,
-            hidden_size=config.hidden_size,
-            expert_size=config.expert_size,
-            activation=config.activation,
-            gated=config.gated,
-            bias=config.expert_bias,
-            device=device,
-            dtype=dtype,
-        )
-        self.shared: SharedExpert | None = None
-        if config.shared_size:
-            self.shared = SharedExpert(
-                hidden_size=config.hidden_size,
-                size=config.shared_size,
-                mode=config.shared_mode,
-                activation=config.activation,
-                gated=config.gated,
-                bias=config.expert_bias,
-                device=device,
-                dtype=dtype,
-            )
+        self.exchange: Exchange = LocalExchange(config.num_experts)
+        self.experts = Experts(config, device=device, dtype=dtype)
+        self.shared = SharedExpert(config, device=device, dtype=dtype) if config.shared_size else None
         self.stats = RoutingStats(config.num_experts, device=device)
-        counts = torch.zeros(config.num_experts + 1, dtype=torch.int64, device=device)
-        self.register_buffer("step_counts", counts, persistent=False)
         self.configure(config)
 
     def configure(self, config: MoEConfig) -> None:
         """Go on under another config, which asks for the same parameters."""
         self.config = config
-        coefficient = torch.full((), config.balance_loss, dtype=torch.float32, device=self.step_counts.device)
+        device = self.stats.step_counts.device
+        coefficient = torch.full((), config.balance_loss, dtype=torch.float32, device=device)
         self.register_buffer("balance_coefficient", coefficient, persistent=config.balance_adaptation > 0)
+        counts_E = torch.zeros(config.num_experts, dtype=torch.float32, device=device)
+        self.register_buffer("previous_counts", counts_E, persistent=config.balance_scope == "global")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts; the coefficient stays float32, and both are set anew when they leave the meta device."""
-        coefficient, from_meta = self.balance_coefficient, self.step_counts.is_meta
+        """Moves and casts; the buffers above stay float32, and begin anew when they leave the meta device."""
+        before = {"balance_coefficient": self.balance_coefficient, "previous_counts": self.previous_counts}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if from_meta and not self.step_counts.is_meta:
-            self.step_counts.zero_()
-            self.balance_coefficient = torch.full_like(self.balance_coefficient, self.config.balance_loss).float()
-        elif self.balance_coefficient.dtype != coefficient.dtype:
-            self.balance_coefficient = coefficient.to(self.balance_coefficient.device)
+        if before["previous_counts"].is_meta and not self.previous_counts.is_meta:
+            self.stats.begin_step()
+            self.configure(self.config)
+        else:
+            keep_dtypes(self, before)
         return self
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -110,7 +84,7 @@ class MoELayer(nn.Module):
                     f"token_mask is {tuple(mask_T.shape)} {mask_T.dtype} for {len(x_TD)} tokens: it must be bool, "
                     "one value for each token of the flattened batch"
                 )
-            # What padding holds is nobody's: zeros, since even times 0 a value that is not finite would spread.
+            # Padding becomes zeros: even with a weight of 0, a value that is not finite would spread.
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
         routing = self.router(x_TD, config)
         if config.choice == "token":
@@ -133,35 +107,38 @@ class MoELayer(nn.Module):
             balance = self._balance_loss(routing, counts_E, length=length)
         weights_TK = self._with_losses(weights_TK, routing, counts_E, balance=balance, computed=computed)
 
-        permutation = sort_by_expert(experts_TK, num_experts=config.num_experts, kept_TK=kept_TK)
-        routed_TD: Tensor = self.experts(x_TD, weights_TK, permutation, kernel=config.kernel)
-        return routed_TD
+        return self._expert_sums(x_TD, experts_TK, weights_TK, kept_TK)
 
     def _experts_choose(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """Each place that an expert has is a token of its own to the kernels: one that chose that expert."""
         config = self.config
         tokens_EC, weights_EC, kept_EC = choose_tokens(routing.scores_TE, config, mask_T=self.context.token_mask)
-        weights_EC = finished(weights_EC, config, training=self.training)
+        weights_EC = scaled_and_masked(weights_EC, config, training=self.training)
         counts_E = kept_EC.sum(dim=1)
         even = routing.probabilities_TE.new_ones(())  # the Switch loss of an even load
         weights_EC = self._with_losses(weights_EC, routing, counts_E, balance=even, computed=None)
 
         experts_EC = torch.arange(config.num_experts, device=x_TD.device)[:, None].expand_as(tokens_EC)
-        permutation = sort_by_expert(
-            experts_EC.reshape(-1, 1), num_experts=config.num_experts, kept_TK=kept_EC.reshape(-1, 1)
-        )
         tokens_N = tokens_EC.flatten()
-        routed_ND = self.experts(x_TD[tokens_N], weights_EC.reshape(-1, 1), permutation, kernel=config.kernel)
+        as_choices = (per_place_EC.reshape(-1, 1) for per_place_EC in (experts_EC, weights_EC, kept_EC))
+        routed_ND = self._expert_sums(x_TD[tokens_N], *as_choices)
         return torch.zeros_like(x_TD, dtype=weights_EC.dtype).index_add(0, tokens_N, routed_ND.to(weights_EC.dtype))
+
+    def _expert_sums(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+        """Each token's weighted sum over its experts, wherever they are: (T, D)."""
+        rows_RD, weights_RL, permutation, ticket = self.exchange.send(x_TD, experts_TK, weights_TK, kept_TK)
+        name = self.config.kernel
+        kernel = kernel_named(default_kernel(x_TD.device) if name == "auto" else name)
+        return self.exchange.receive(ticket, self.experts(rows_RD, weights_RL, permutation, kernel=kernel))
 
     def _balance_loss(self, routing: Routing, counts_E: Tensor, *, length: int) -> Tensor:
         scope, mask_T = self.config.balance_scope, self.context.token_mask
         if scope == "sequence":
             return sequence_switch_loss(routing.probabilities_TE, routing.experts_TK, length=length, mask_T=mask_T)
         if scope == "global" and self._attaches_losses():
-            # Micro-batches that are still to come cannot be counted yet (arXiv 2501.11873 does the same). Not in
-            # evaluation: one rank may do that alone, and the step's counts are none of its business.
-            counts_E = self._over_ranks(counts_E + self.step_counts[:-1])
+            # The other ranks' counts of this step are known at its end only, and later micro-batches are not counted
+            # yet: the step before stands for both.
+            counts_E = counts_E + self.stats.step_counts[:-1] + self.previous_counts
         return switch_loss(routing.probabilities_TE, counts_E, mask_T)
 
     def _attaches_losses(self) -> bool:
@@ -189,32 +166,3 @@ class MoELayer(nn.Module):
         coefficient = self.balance_coefficient.to(balance) if config.balance_adaptation else config.balance_loss
         auxiliary = coefficient * balance + config.z_loss * z
         return attach_loss(weights, auxiliary * self.context.loss_scale.to(auxiliary))
-
-    @torch.no_grad()
-    def after_backward(self) -> None:
-        """Count the last forward pass for the step."""
-        self.step_counts += torch.cat([self.stats.tokens_per_expert, self.stats.dropped[None]])
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Move the selection bias and the adaptive coefficient by what the step counted, and count from 0 again."""
-        config = self.config
-        if config.bias_update_rate or config.balance_adaptation:
-            counts = self._over_ranks(self.step_counts)
-            if config.bias_update_rate:
-                assert self.router.bias is not None, "MoEConfig asks for a bias where it is moved"
-                self.router.bias.copy_(moved_bias(self.router.bias, counts[:-1], rate=config.bias_update_rate))
-            if config.balance_adaptation:
-                share = counts[-1] / counts[:-1].sum().clamp(min=1)
-                rate, most = config.balance_adaptation, config.max_balance_loss
-                moved = moved_coefficient(self.balance_coefficient, share, rate=rate, most=most)
-                self.balance_coefficient.copy_(moved)
-        self.step_counts.zero_()
-
-    def _over_ranks(self, counts: Tensor) -> Tensor:
-        """The sum over the ranks of `context.group`."""
-        if self.context.group is None:
-            return counts
-        counts = counts.clone()
-        all_reduce(counts, group=self.context.group)
-        return counts

@@ -1,9 +1,10 @@
-"""Autocast, also on devices that have none (meta)."""
+"""Autocast, also on devices that have none (meta), and buffers that no cast of a module shortens."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -19,3 +20,11 @@ def no_autocast(device: torch.device) -> AbstractContextManager[None]:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def keep_dtypes(module: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """Give buffers the values back that they had before a cast, on the device where they are now."""
+    for name, tensor in before.items():
+        now: Tensor | None = getattr(module, name)
+        if tensor is not None and now is not None and now.dtype != tensor.dtype:
+            setattr(module, name, tensor.to(now.device))

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moewright.moe.config import MoEConfig
-from moewright.moe.precision import no_autocast
+from moewright.moe.precision import keep_dtypes, no_autocast
 
 
 class Routing(NamedTuple):
-    """What the router decided; float32 (float64 for float64 inputs) and int64."""
+    """The router's decisions: float32 (float64 for float64 inputs) and int64."""
 
     logits_TE: Tensor
     scores_TE: Tensor
-    """Softmax over all experts in either order, or sigmoid: what a pair of token and expert is worth."""
+    """Softmax over all experts in either order, or sigmoid: the worth of a pair of token and expert."""
     probabilities_TE: Tensor
     """The scores of a token, summing to 1: for the balance loss and the statistics."""
     experts_TK: Tensor
@@ -29,8 +29,18 @@ class Routing(NamedTuple):
     """Weights of the chosen experts, before `combine_weights`."""
 
 
-def route(x_TD: Tensor, weight_ED: Tensor, config: MoEConfig, *, bias_E: Tensor | None = None, noisy: bool) -> Routing:
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    config: MoEConfig,
+    *,
+    linear_bias_E: Tensor | None = None,
+    bias_E: Tensor | None = None,
+    noisy: bool,
+) -> Routing:
     """Score all pairs of tokens and experts, and choose `top_k` experts for each token.
+
+    `linear_bias_E` is part of the logits, `bias_E` of the choice alone.
 
     `softmax-topk` weighs the chosen experts with their share of the softmax over all experts, so the weights
     sum to less than one (Switch Transformers, arXiv 2101.03961). `topk-softmax` takes the softmax over the chosen
@@ -46,7 +56,7 @@ def route(x_TD: Tensor, weight_ED: Tensor, config: MoEConfig, *, bias_E: Tensor 
         x_TD = x_TD.to(dtype)
         if noisy and config.input_jitter:
             x_TD = x_TD * (1 + config.input_jitter * (2 * torch.rand_like(x_TD) - 1))
-        logits_TE = F.linear(x_TD, weight_ED.to(dtype))
+        logits_TE = F.linear(x_TD, weight_ED.to(dtype), None if linear_bias_E is None else linear_bias_E.to(dtype))
         if config.logit_norm:
             logits_TE = _normalised(logits_TE, config.logit_norm)
         scores_TE = _scores(logits_TE, config)
@@ -82,7 +92,7 @@ def _choose(logits_TE: Tensor, scores_TE: Tensor, config: MoEConfig, *, bias_E: 
 
 
 def selection_values(logits_TE: Tensor, scores_TE: Tensor, config: MoEConfig, *, bias_E: Tensor | None) -> Tensor:
-    """(T, E): what a token's experts are the largest of; minus infinity where it may not choose."""
+    """(T, E): values of which a token chooses the largest; minus infinity where it may not choose."""
     if bias_E is None and config.num_groups == 1:
         return logits_TE  # they tie less than scores do
     values_TE = scores_TE if bias_E is None else scores_TE + bias_E
@@ -112,10 +122,10 @@ def combine_weights(weights_TK: Tensor, kept_TK: Tensor | None, config: MoEConfi
         weights_TK = torch.where(kept_TK, weights_TK, 0)
     if config.renormalize:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
-    return finished(weights_TK, config, training=training)
+    return scaled_and_masked(weights_TK, config, training=training)
 
 
-def finished(weights: Tensor, config: MoEConfig, *, training: bool) -> Tensor:
+def scaled_and_masked(weights: Tensor, config: MoEConfig, *, training: bool) -> Tensor:
     """Scaled with `routed_scale`, and masked as NLLB does (arXiv 2207.04672, expert output masking)."""
     if config.routed_scale != 1:
         weights = weights * config.routed_scale
@@ -125,12 +135,12 @@ def finished(weights: Tensor, config: MoEConfig, *, training: bool) -> Tensor:
 
 
 class ExpertChoice(NamedTuple):
-    """Which tokens each expert took."""
+    """The tokens that each expert took."""
 
     tokens_EC: Tensor
     """int64, best first."""
     weights_EC: Tensor
-    """Combine weights, before `finished`; 0 where not kept."""
+    """Combine weights, before `scaled_and_masked`; 0 where not kept."""
     kept_EC: Tensor
     """bool: False for places that stay empty, since padding takes none."""
 
@@ -156,8 +166,10 @@ def choose_tokens(scores_TE: Tensor, config: MoEConfig, *, mask_T: Tensor | None
 
 
 class Router(nn.Module):
-    """The router's one matrix, (E, D), and the selection bias if there is one."""
+    """The router's one matrix, (E, D), with the bias of its logits and the selection bias where the config has them."""
 
+    linear_bias: nn.Parameter | None
+    """(E,) in the dtype of the matrix: added to the logits, and trained; it starts at 0."""
     bias: Tensor | None
     """(E,) float32: added to the scores for the choice alone, and moved outside the gradient."""
 
@@ -167,6 +179,8 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
+        zeros_E = torch.zeros(config.num_experts, device=device, dtype=dtype)
+        self.register_parameter("linear_bias", nn.Parameter(zeros_E) if config.router_bias else None)
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32, device=device) if config.selection_bias else None
         self.register_buffer("bias", bias_E)
 
@@ -178,11 +192,10 @@ class Router(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts; the bias stays float32, since one step moves it by less than bfloat16 can tell."""
-        bias_E = self.bias
+        before = {"bias": self.bias}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if bias_E is not None and self.bias is not None and self.bias.dtype != bias_E.dtype:
-            self.bias = bias_E.to(self.bias.device)
+        keep_dtypes(self, before)
         return self
 
     def forward(self, x_TD: Tensor, config: MoEConfig) -> Routing:
-        return route(x_TD, self.weight, config, bias_E=self.bias, noisy=self.training)
+        return route(x_TD, self.weight, config, linear_bias_E=self.linear_bias, bias_E=self.bias, noisy=self.training)

@@ -1,8 +1,7 @@
-"""What a layer did with its last forward pass, kept on the device.
+"""Statistics of a layer's last forward pass, and of the micro-batches of a step, kept on the device.
 
-Letters: T tokens, E experts. A forward pass overwrites the numbers of the one before; it never adds
-to them. So recomputation under gradient checkpointing counts no token twice, and whoever runs
-several micro-batches adds up the numbers itself.
+Letters: T tokens, E experts. A forward pass overwrites the numbers of the one before; it never adds to them. So
+recomputation under gradient checkpointing counts no token twice: a step adds them up after the backward pass.
 """
 
 import torch
@@ -12,7 +11,7 @@ from moewright.moe.balance import masked_mean
 
 
 class RoutingStats(nn.Module):
-    """Statistics of one layer's last forward pass; padding is not counted."""
+    """Statistics of one layer on this rank; padding is not counted."""
 
     tokens_per_expert: Tensor
     """(E,) int64, assignments of real tokens, before any is dropped."""
@@ -24,6 +23,10 @@ class RoutingStats(nn.Module):
     """0-dim, before its coefficient."""
     entropy: Tensor
     """0-dim, mean entropy of the router's probabilities in nats."""
+    step_counts: Tensor
+    """(E + 1,) int64, of the step's micro-batches so far: assignments to each expert, and dropped ones last."""
+    step_means: Tensor
+    """(3,) float32: balance loss, z-loss and entropy of these micro-batches, each times its share of the step."""
 
     def __init__(self, num_experts: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -32,6 +35,9 @@ class RoutingStats(nn.Module):
         self.register_buffer("dropped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         for name in ("balance_loss", "z_loss", "entropy"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32, device=device), persistent=False)
+        step_counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=device)
+        self.register_buffer("step_counts", step_counts, persistent=False)
+        self.register_buffer("step_means", torch.zeros(3, dtype=torch.float32, device=device), persistent=False)
 
     @torch.no_grad()
     def record(
@@ -53,6 +59,16 @@ class RoutingStats(nn.Module):
         self.balance_loss.copy_(balance_loss)
         self.z_loss.copy_(z_loss)
         self.entropy.copy_(masked_mean(torch.special.entr(probabilities_TE).sum(dim=-1), mask_T))
+
+    def count(self, share: float) -> None:
+        """Add the last forward pass, which read `share` of the step's real tokens, to the step."""
+        self.step_counts += torch.cat([self.tokens_per_expert, self.dropped[None]])
+        self.step_means += share * torch.stack([self.balance_loss, self.z_loss, self.entropy])
+
+    def begin_step(self) -> None:
+        """Count from 0 again."""
+        self.step_counts.zero_()
+        self.step_means.zero_()
 
     @property
     def dropped_share(self) -> Tensor:

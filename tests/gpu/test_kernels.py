@@ -1,6 +1,5 @@
 """Expert kernels on a CUDA machine: right, deterministic, without waiting for the host, and small in memory."""
 
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -8,9 +7,8 @@ import torch
 from torch import Tensor
 
 from moewright.errors import UsageError
-from moewright.moe.dispatch import Permutation, sort_by_expert
-from moewright.moe.kernels.base import ExpertWeights
-from moewright.moe.kernels.external import scattermoe, sonicmoe
+from moewright.moe.exchange import Permutation, sort_by_expert
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels.loop import loop
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -155,11 +153,3 @@ def test_triton_refuses_tokens_on_the_cpu(triton: Kernel) -> None:
     leaves = [leaf.detach().cpu() for leaf in problem.leaves()]
     with pytest.raises(UsageError, match="needs a GPU, and the tokens are on cpu"):
         triton(leaves[0], leaves[1], permutation, ExpertWeights(*leaves[2:], None, None, "silu", True))
-
-
-@pytest.mark.parametrize("partial", [False, True])
-@pytest.mark.parametrize("kernel", [scattermoe, sonicmoe], ids=lambda kernel: kernel.__name__)
-def test_kernels_of_others_are_right(kernel: Kernel, partial: bool) -> None:
-    if importlib.util.find_spec(kernel.__name__) is None:
-        pytest.skip(f"{kernel.__name__} is not installed")
-    Problem(**SIZES["coarse"], dtype=torch.bfloat16, partial=partial).check(kernel, 2e-2)

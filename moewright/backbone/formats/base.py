@@ -45,7 +45,7 @@ class Format(ABC):
     name: str
     """The model_type in config.json."""
     runtimes: Mapping[str, Judge] = field(default_factory=dict)
-    """Which runtimes compute it; one that is not named was not read."""
+    """Which runtimes compute its folders; none is asked of a dense one."""
     faulty: bool = False
     """Whether transformers' own code mixes its experts up; then it is chosen only where someone asks for it."""
 

@@ -9,6 +9,7 @@ from moewright.backbone.formats.base import Format, Twin
 from moewright.backbone.formats.deepseek import DEEPSEEK_V3
 from moewright.backbone.formats.dense import Dense
 from moewright.backbone.formats.glm import GLM4_MOE
+from moewright.backbone.formats.gpt_oss import GPT_OSS
 from moewright.backbone.formats.granite import GRANITEMOE, GRANITEMOESHARED
 from moewright.backbone.formats.mixtral import MIXTRAL
 from moewright.backbone.formats.nllb import NLLB_MOE
@@ -21,8 +22,8 @@ from moewright.errors import ModelError, UsageError
 from moewright.family.table import dense_families
 
 TWINS: Final[tuple[Twin, ...]] = (
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, OLMOE, FLEX_OLMO, GRANITEMOE, GRANITEMOESHARED),
-    *(NLLB_MOE, SWITCH_TRANSFORMERS),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, GPT_OSS, OLMOE, FLEX_OLMO, GRANITEMOE),
+    *(GRANITEMOESHARED, NLLB_MOE, SWITCH_TRANSFORMERS),
 )
 """The first that computes a model is the one it is written in."""
 FORMATS: Final[dict[str, Format]] = {each.name: each for each in (*TWINS, OWN_TYPE)}
@@ -50,12 +51,6 @@ def choose_format(config: PreTrainedConfig, layers: Layers, *, wanted: str | Non
 def formats_of(config: PreTrainedConfig, layers: Layers) -> list[Format]:
     """Every format that holds a sparse model."""
     return [each for each in FORMATS.values() if each.refuses(config, layers) is None]
-
-
-def refusals(config: PreTrainedConfig, layers: Layers) -> dict[str, str]:
-    """Why no twin of this backbone computes the model, by twin; those that do are not in it."""
-    reasons = {twin.name: twin.refuses(config, layers) for twin in TWINS if config.model_type in twin.backbones}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def is_sparse(fields: Mapping[str, Any]) -> bool:

@@ -1,16 +1,14 @@
-"""Expert kernels by name: `loop` says in the plainest way what all of them compute, and is their oracle."""
+"""Expert kernels by name; `loop` is the plainest, and the oracle of all others."""
 
 import logging
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Final
 
 import torch
 
 from moewright.errors import UsageError
+from moewright.moe.experts import Kernel
 from moewright.moe.kernels import build
-from moewright.moe.kernels.base import Kernel
-from moewright.moe.kernels.external import require_scattermoe, require_sonicmoe, scattermoe, sonicmoe
 from moewright.moe.kernels.grouped import grouped
 from moewright.moe.kernels.loop import loop
 from moewright.moe.kernels.native import native
@@ -22,25 +20,16 @@ KERNELS: Final[dict[str, Kernel]] = {
     "grouped": grouped,
     "loop": loop,
     "native": native,
-    "scattermoe": scattermoe,
-    "sonicmoe": sonicmoe,
     "triton": triton,
 }
 
-_REQUIREMENTS: Final[dict[str, Callable[[], None]]] = {
-    "scattermoe": require_scattermoe,
-    "sonicmoe": require_sonicmoe,
-    "triton": require_triton,
-}
-"""Of kernels that need what is not always installed; each raises `UsageError` when it is missing."""
-
 
 def kernel_named(name: str) -> Kernel:
-    """The kernel of that name; `UsageError` lists the names there are, or says what must be installed for it."""
+    """The kernel of that name; `UsageError` lists the names there are, or the package that must be installed."""
     if name not in KERNELS:
         raise UsageError(f"kernel={name!r}: choose one of {', '.join(sorted(KERNELS))}")
-    if name in _REQUIREMENTS:
-        _REQUIREMENTS[name]()
+    if name == "triton":
+        require_triton()
     return KERNELS[name]
 
 

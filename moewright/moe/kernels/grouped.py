@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from moewright.errors import UsageError
 from moewright.moe.activations import activation_named
-from moewright.moe.dispatch import Permutation, combine, dispatch
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.dispatch import combine, dispatch
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 
 
 @torch.library.custom_op("moewright::grouped_rows", mutates_args=())
@@ -65,26 +66,21 @@ _grouped_rows.register_autograd(_rows_backward, setup_context=_save)
 
 
 def grouped(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
-    """float32, bfloat16 and float16; whole-graph under `torch.compile`. See `moewright.moe.kernels.base.Kernel`.
+    """float32, bfloat16 and float16; whole-graph under `torch.compile`. See `moewright.moe.experts.Kernel`.
 
     Keeps for backward the permuted copies of the tokens, and each assignment's hidden states and output.
     Raises `UsageError` for float64.
     """
     if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"kernel 'grouped' has no product of {x_TD.dtype}: use kernel 'loop'")
-    activation, ends_E = activation_named(experts.activation), permutation.ends_E
+    activation, ends_E = activation_named(experts.activation, gated=experts.gated), permutation.ends_E
     # Both ways across the border of the experts' rows, what lies behind them is cut: torch's product leaves there
     # whatever the memory held.
     x_ND = _without_rest(dispatch(x_TD, permutation), permutation)
     hidden_NH = _product(x_ND, experts.first_EHD, ends_E)
     if experts.first_bias_EH is not None:
         hidden_NH = _without_rest(_with_bias(hidden_NH, experts.first_bias_EH, permutation), permutation)
-    if experts.gated:
-        gate_NF, up_NF = hidden_NH.chunk(2, dim=-1)
-        hidden_NF = activation(gate_NF) * up_NF
-    else:
-        hidden_NF = activation(hidden_NH)
-    y_ND = _product(hidden_NF, experts.down_EDF, ends_E)
+    y_ND = _product(activation(hidden_NH), experts.down_EDF, ends_E)
     if experts.down_bias_ED is not None:
         y_ND = _with_bias(y_ND, experts.down_bias_ED, permutation)
     return combine(_without_rest(y_ND, permutation), weights_TK, permutation)

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from moewright.errors import UsageError
 from moewright.moe.activations import activation_named
-from moewright.moe.dispatch import Permutation
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels import build
-from moewright.moe.kernels.base import ExpertWeights
 from moewright.moe.kernels.memory import empty
 
 
 def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
-    """Any floating dtype, on CPU; whole-graph under `torch.compile`. See `moewright.moe.kernels.base.Kernel`.
+    """Any floating dtype, on CPU; whole-graph under `torch.compile`. See `moewright.moe.experts.Kernel`.
 
     A processor without instructions for bfloat16 or float16 products computes them in float32. The sum of a token
     is taken in the order of its choices. There are no second derivatives. Raises `UsageError` on another device,
@@ -33,7 +33,7 @@ def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     """
     if x_TD.device.type not in ("cpu", "meta"):
         raise UsageError(f"kernel 'native' runs on CPU, the tokens are on {x_TD.device}: use 'grouped' or 'triton'")
-    activation_named(experts.activation)
+    activation_named(experts.activation, gated=experts.gated)
     for parameter in (experts.first_EHD, experts.down_EDF):
         if parameter.dtype != x_TD.dtype:
             raise UsageError(f"tokens of {x_TD.dtype} and experts of {parameter.dtype}: cast one, or use autocast")
@@ -162,8 +162,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, d_y_TD: Tensor, d_hidden: None) -> tuple[Tensor | None, ...]:
     trained = list(ctx.needs_input_grad[5:9])
-    d_x, d_weight, *found = _backward(d_y_TD, *ctx.saved_tensors, *ctx.form, trained)
-    gradients = (gradient if wanted else None for gradient, wanted in zip(found, trained, strict=True))
+    d_x, d_weight, *of_parameters = _backward(d_y_TD, *ctx.saved_tensors, *ctx.form, trained)
+    gradients = (gradient if wanted else None for gradient, wanted in zip(of_parameters, trained, strict=True))
     return d_x, d_weight, None, None, None, *gradients, None, None, None
 
 

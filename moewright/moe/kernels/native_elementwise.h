@@ -42,6 +42,9 @@ template <class T> inline T logistic(T x) { return T(1) / (T(1) + exponential(-x
 
 ACTIVATION(Silu, T s = logistic(x); value = x * s; slope = s * (T(1) + x * (T(1) - s));)
 ACTIVATION(QuickGelu, T s = logistic(T(1.702) * x); value = x * s; slope = s * (T(1) + T(1.702) * x * (T(1) - s));)
+ACTIVATION(ClampedQuickGelu, T g = x > T(7) ? T(7) : x; QuickGelu::at(g, value, slope); slope = x > T(7) ? T(0) : slope;)
+ACTIVATION(ClampedPlusOne, T u = x < T(-7) ? T(-7) : x > T(7) ? T(7) : x; value = u + T(1);
+           slope = x < T(-7) || x > T(7) ? T(0) : T(1);)
 ACTIVATION(Sigmoid, value = logistic(x); slope = value * (T(1) - value);)
 ACTIVATION(Tanh, value = std::tanh(x); slope = T(1) - value * value;)
 ACTIVATION(Linear, value = x; slope = T(1);)
@@ -93,7 +96,8 @@ struct Elementwise {
                    int64_t n, int64_t F);
 };
 
-template <class S, class A, bool GATED>
+// A is the activation of `gate`, U what `up` goes through before it multiplies.
+template <class S, class A, bool GATED, class U>
 void forward_rows(const S* h_nH, const Wide<S>* weight_n, S* a_nF, int64_t n, int64_t F) {
   using T = Wide<S>;
   for_rows(n, [&](int64_t i) {
@@ -102,15 +106,16 @@ void forward_rows(const S* h_nH, const Wide<S>* weight_n, S* a_nF, int64_t n, in
     S* __restrict a = a_nF + i * F;
     // No `omp simd`: GCC would leave what does not fill its widest vectors to a scalar loop.
     for (int64_t f = 0; f < F; f++) {
-      T value, slope;
+      T value, slope, times = 1, up_slope;
       A::template at<T>(load(gate[f]), value, slope);
-      store(a[f], value * weight * (GATED ? load(up[f]) : T(1)));
+      if constexpr (GATED) U::template at<T>(load(up[f]), times, up_slope);
+      store(a[f], value * weight * times);
     }
   });
 }
 
 // Reads the gradient of what went into the second product, before its combine weight; leaves that input, weighted.
-template <class S, class A, bool GATED>
+template <class S, class A, bool GATED, class U>
 void backward_rows(const S* h_nH, const Wide<S>* weight_n, const S* d_a_nF, S* a_nF, S* d_h_nH, Wide<S>* d_weight_n,
                    int64_t n, int64_t F) {
   using T = Wide<S>;
@@ -121,21 +126,22 @@ void backward_rows(const S* h_nH, const Wide<S>* weight_n, const S* d_a_nF, S* a
     T weight = weight_n[i], sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t f = 0; f < F; f++) {
-      T value, slope, times = GATED ? load(up[f]) : T(1), d_a = load(d_a_F[f]), gradient = d_a * weight;
+      T value, slope, times = 1, up_slope = 0, d_a = load(d_a_F[f]), gradient = d_a * weight;
       A::template at<T>(load(gate[f]), value, slope);
+      if constexpr (GATED) U::template at<T>(load(up[f]), times, up_slope);
       sum += d_a * value * times;
       store(a[f], value * times * weight);
       store(d_gate[f], gradient * times * slope);
-      if constexpr (GATED) store(d_up[f], gradient * value);
+      if constexpr (GATED) store(d_up[f], gradient * value * up_slope);
     }
     d_weight_n[i] = sum;
   });
 }
 
-template <class S, class A>
+template <class S, class A, class U = Linear>
 Elementwise<S> of(bool gated) {
-  if (gated) return {forward_rows<S, A, true>, backward_rows<S, A, true>};
-  return {forward_rows<S, A, false>, backward_rows<S, A, false>};
+  if (gated) return {forward_rows<S, A, true, U>, backward_rows<S, A, true, U>};
+  return {forward_rows<S, A, false, U>, backward_rows<S, A, false, U>};
 }
 
 template <class S>
@@ -154,6 +160,7 @@ Elementwise<S> elementwise(const std::string& name, bool gated) {
   if (name == "tanh") return of<S, Tanh>(gated);
   if (name == "mish") return of<S, Mish>(gated);
   if (name == "hardswish") return of<S, Hardswish>(gated);
+  if (name == "swiglu_oai") return of<S, ClampedQuickGelu, ClampedPlusOne>(gated);
   TORCH_CHECK(name == "laplace", "no activation ", name);
   return of<S, Laplace>(gated);
 }

@@ -19,33 +19,16 @@ import torch
 from torch import Tensor
 
 from moewright.errors import UsageError
-from moewright.moe.dispatch import Permutation
-from moewright.moe.kernels.base import ExpertWeights
+from moewright.moe.activations import activation_named
+from moewright.moe.exchange import Permutation
+from moewright.moe.experts import ExpertWeights
 
-_ACTIVATIONS: Final = {
-    "gelu": "gelu",
-    "gelu_10": "gelu_10",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+SAME: Final = {
+    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_tanh"),
     "gelu_python": "gelu",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "hardswish": "hardswish",
-    "laplace": "laplace",
-    "leaky_relu": "leaky_relu",
-    "linear": "linear",
-    "mish": "mish",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "relu6": "relu6",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
     "swish": "silu",
-    "tanh": "tanh",
 }
-"""Name in a config -> name in `triton_activations`."""
+"""Activations of several names -> their one name in `triton_activations`."""
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,20 +46,19 @@ def require_triton() -> None:
 def triton(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
     """float32 (products in IEEE precision, never TF32), bfloat16 and float16, summed in float32.
 
-    See `moewright.moe.kernels.base.Kernel`. Whole-graph under `torch.compile`; no second derivatives. Needs a GPU, or
+    See `moewright.moe.experts.Kernel`. Whole-graph under `torch.compile`; no second derivatives. Needs a GPU, or
     Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported), which is slow. Raises `UsageError` without
     either, for other dtypes, and for an activation it does not know.
     """
     if x_TD.dtype not in _DTYPES:
         raise UsageError(f"kernel 'triton' has no product of {x_TD.dtype}: use kernel 'loop'")
-    if experts.activation not in _ACTIVATIONS:
-        raise UsageError(f"kernel 'triton' has no activation {experts.activation!r}: use kernel 'grouped' or 'loop'")
+    activation_named(experts.activation, gated=experts.gated)
     tensors = (x_TD, weights_TK, *experts[:4])
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     token_N, position_TK, order_N, ends_E, partial = permutation
     y_TD: Tensor = _experts(
         x_TD, weights_TK, *experts[:4], token_N, order_N, position_TK, ends_E,
-        _ACTIVATIONS[experts.activation], experts.gated, partial, keep,
+        SAME.get(experts.activation, experts.activation), experts.gated, partial, keep,
     )[0]  # fmt: skip
     return y_TD
 

@@ -26,11 +26,18 @@ def _clamped(x, low: tl.constexpr, high: tl.constexpr):
 
 @triton.jit
 def activate(x, NAME: tl.constexpr):
-    """Value and slope at `x`, both float32. At a kink the slope is the one that torch takes."""
+    """Value and slope at `x`, both float32; of a gated activation, the factor that depends on the gate half.
+
+    At a kink the slope is the one that torch takes.
+    """
     if NAME == "silu":
         value, slope = _sigmoid_times(x, x, 1.0)
     elif NAME == "quick_gelu":
         value, slope = _sigmoid_times(x, 1.702 * x, 1.702)
+    elif NAME == "swiglu_oai":
+        gate = tl.where(x > 7.0, 7.0, x)
+        value, slope = _sigmoid_times(gate, 1.702 * gate, 1.702)
+        slope = tl.where(x > 7.0, 0.0, slope)
     elif NAME == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2u); the constant is twice the root of 2 / pi.
         inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
@@ -77,4 +84,16 @@ def activate(x, NAME: tl.constexpr):
         tl.static_assert(NAME == "linear")
         value = x
         slope = tl.full(x.shape, 1.0, tl.float32)
+    return value, slope
+
+
+@triton.jit
+def up_factor(x, NAME: tl.constexpr):
+    """Value and slope of the factor that depends on the up half: `x` itself, but for activations of both halves."""
+    if NAME == "swiglu_oai":
+        value = _clamped(x, -7.0, 7.0) + 1
+        slope = tl.where((x < -7.0) | (x > 7.0), 0.0, 1.0)
+    else:
+        value = x
+        slope = 1.0
     return value, slope

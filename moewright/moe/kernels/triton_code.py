@@ -16,7 +16,7 @@ engine of Hopper and later fetches by itself. All products accumulate in float32
 import triton
 import triton.language as tl
 
-from moewright.moe.kernels.triton_activations import activate
+from moewright.moe.kernels.triton_activations import activate, up_factor
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether the kernels run in Triton's interpreter, which asks for TRITON_INTERPRET when they are defined."""
@@ -173,7 +173,8 @@ def _write_hidden(
             up_RC += tl.load(bias_C + F, mask=column_C < F, other=0.0).to(tl.float32)[None, :]
         if KEEP:
             tl.store(h_RC + F, up_RC.to(h_NH.dtype.element_ty), mask=inside_RC)
-        a_RC *= up_RC
+        factor_RC, _ = up_factor(up_RC, ACTIVATION)
+        a_RC *= factor_RC
     at_RC = a_NF + row_R.to(tl.int64)[:, None] * F + column_C[None, :]
     tl.store(at_RC, a_RC.to(a_NF.dtype.element_ty), mask=inside_RC)
 
@@ -296,9 +297,11 @@ def _hidden_gradient(
     dh_RC = g_RC * weight_R[:, None]
     if GATED:
         up_RC = tl.load(h_NH + hidden_RC + F, mask=inside_RC, other=0.0).to(tl.float32)
-        tl.store(dh_NH + hidden_RC + F, (dh_RC * a_RC).to(dh_NH.dtype.element_ty), mask=inside_RC)
-        a_RC *= up_RC
-        slope_RC *= up_RC
+        factor_RC, up_slope_RC = up_factor(up_RC, ACTIVATION)
+        dup_RC = dh_RC * a_RC * up_slope_RC
+        tl.store(dh_NH + hidden_RC + F, dup_RC.to(dh_NH.dtype.element_ty), mask=inside_RC)
+        a_RC *= factor_RC
+        slope_RC *= factor_RC
     tl.store(dh_NH + hidden_RC, (dh_RC * slope_RC).to(dh_NH.dtype.element_ty), mask=inside_RC)
     at_RC = aw_NF + row_R.to(tl.int64)[:, None] * F + column_C[None, :]
     tl.store(at_RC, (a_RC * weight_R[:, None]).to(aw_NF.dtype.element_ty), mask=inside_RC)

@@ -1,0 +1,21 @@
+"""Several processes on this machine that make up a process group over gloo."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+
+def on_ranks(work: Callable[[int], None], folder: Path, *, ranks: int = 2) -> None:
+    """Call `work(rank)`, a function at the top of a module, in as many new processes; fails if one of them does."""
+    torch.multiprocessing.spawn(_rank, args=(work, str(folder / "store"), ranks), nprocs=ranks)
+
+
+def _rank(rank: int, work: Callable[[int], None], store: str, ranks: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    try:
+        work(rank)
+    finally:
+        dist.destroy_process_group()
