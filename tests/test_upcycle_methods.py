@@ -17,13 +17,14 @@ from moewright.backbone.blocks import moe_layers
 from moewright.backbone.load import fill, load_model
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
+from moewright.convert.make import make_model
 from moewright.data.tokenizer import tokenise
 from moewright.errors import CheckpointError, DataError, ModelError, UsageError
 from moewright.family.table import family_of
 from moewright.train.loop import train
 from moewright.train.run_file import load_run
 from moewright.upcycle import observe as observe_module
-from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
+from moewright.upcycle.apply import upcycle_folder, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.measure import measure
 from moewright.upcycle.methods import expert_part
@@ -121,7 +122,7 @@ def test_folder_live_model_and_second_run_agree(made, tmp_path, family, method):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     ModelFolder(tmp_path / "a").verify_checksums()  # which read every byte: leaves with one key hold the same
     stored = load_model(tmp_path / "a")
-    live, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    live, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     weights = dict(live.named_parameters())
     assert list(weights) == [name for name, _ in stored.named_parameters()]
     for name, parameter in stored.named_parameters():
@@ -248,7 +249,7 @@ def test_experts_hold_the_neurons_of_the_table_and_their_factors(made, family, m
     place = made(family)
     config = config_in(place, (EXACT | OTHERS)[method])
     upcycling = upcycling_of(place / "dense", config)
-    model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     gated = family in ("llama", "phi3")
     for layer, moe in moe_layers(model).items():
         table = upcycling.tensors.held(layer).routed_EF.tolist()
@@ -286,7 +287,7 @@ def test_a_shared_expert_holds_the_most_important_neurons(made, family):
     place = made(family)
     config = config_in(place, EXACT["shared, gated, important"])
     upcycling = upcycling_of(place / "dense", config)
-    model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     for layer, moe in moe_layers(model).items():
         dense, score = dense_parts(place / "dense", layer), upcycling.measured.importance[layer]
         best = sorted(sorted(range(64), key=lambda j: -score[j].item())[:32])
@@ -306,7 +307,7 @@ def test_a_shared_expert_holds_the_most_important_neurons(made, family):
 
 def test_new_shared_neurons_say_nothing_and_can_learn(made):
     place = made("llama")
-    model, _ = upcycle_model(place / "dense", config_in(place, EXACT["shared, new"]), dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config_in(place, EXACT["shared, new"]), dtype=torch.float32))
     for layer, moe in moe_layers(model).items():
         dense = dense_parts(place / "dense", layer)
         gate, up = moe.shared.gate_up_proj.weight.chunk(2)
@@ -325,7 +326,7 @@ def test_a_split_gives_each_chosen_part_in_full(made, family, method):
     place = made(family)
     config = config_in(place, OTHERS[method])
     upcycling = upcycling_of(place / "dense", config)
-    model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     act = {"llama": F.silu, "phi3": F.silu, "gpt_neox": F.gelu, "m2m_100": F.relu}[family]
     draws = torch.Generator().manual_seed(3)
     for layer, moe in moe_layers(model).items():
@@ -351,7 +352,7 @@ def test_a_split_gives_each_chosen_part_in_full(made, family, method):
 def test_branch_train_mix_is_means_and_whole_blocks(made):
     place = made("llama")
     settings = OTHERS["siblings, shared"] | {"layers": "0"}
-    model, _ = upcycle_model(place / "dense", config_in(place, settings), dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config_in(place, settings), dtype=torch.float32))
     folders = [ModelFolder(place / name) for name in ("dense", "sibling")]
     state = model.state_dict()
 

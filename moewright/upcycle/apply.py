@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moewright.checkpoint.ahead import HashesAhead, hash_ahead
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.convert.conversion import Conversion
-from moewright.convert.make import ConversionReport, Track, make_folder, make_model
+from moewright.convert.make import ConversionReport, Track, make_folder
 from moewright.data.texts import digest
 from moewright.evaluate.compare import Comparison
 from moewright.upcycle.config import UpcycleConfig
@@ -99,13 +98,6 @@ def upcycling_of(
     """Open a dense folder, plan and measure; `calibration_texts`, token ids, replace the config's calibration text."""
     plan = UpcyclePlan(ModelFolder(source), config, dtype=dtype)
     return Upcycling(plan, measure(plan, texts=calibration_texts))
-
-
-def upcycle_model(
-    source: str | Path, config: UpcycleConfig, *, dtype: torch.dtype
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The same model in memory, on CPU in evaluation mode, and its record for `moewright.json` (`make_model`)."""
-    return make_model(upcycling_of(source, config, dtype=dtype))
 
 
 def file_digests(config: UpcycleConfig) -> dict[str, Any]:
