@@ -194,7 +194,7 @@ def test_calibrated_beats_uniform_and_none(tmp_path):
         plan, target = plan_upcycle(source, config), tmp_path / scale
         upcycle_folder(source, target, config)
         errors[scale] = relative(logits(load_model(target)), logits(load_model(source)))
-        assert plan.form.twin.model_type == "qwen2_moe"
+        assert plan.form.name == "qwen2_moe"
     assert errors["calibrated"] < 0.05 < min(errors["uniform"], errors["none"])
 
 
