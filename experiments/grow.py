@@ -11,17 +11,17 @@ import argparse
 import math
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
 from experiments.page import arguments, circumstances, renew, save
-from moewright.backbone.load import MadeSource, fill, load_model
+from moewright.backbone.load import load_model
+from moewright.convert.make import make_model
 from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
 from moewright.evaluate.compare import Reference
-from moewright.grow.apply import as_facts, plan_growth
+from moewright.grow.apply import growth_of
 from moewright.grow.config import GrowConfig
 
 HERE = Path(__file__).parent
@@ -55,16 +55,16 @@ def measure() -> dict[str, object]:
         del model
 
         def row(settings: dict[str, object]) -> dict[str, object]:
-            plan = plan_growth(source, GrowConfig(**settings))
-            fill(plan.model, plan.format, MadeSource(lambda slot: plan.tensor(slot.name)))
-            found = {
-                "settings": asdict(plan.config),
-                "heads": plan.sizes.heads,
-                "parameters": plan.summary()["parameters"]["grown"],
-                "function_preserving": not plan.inexact,
-            } | as_facts(reference.compare(plan.model, granularity=1))
-            sys.stderr.write(f"{found}\n")
-            return found
+            growth = growth_of(source, GrowConfig(**settings))
+            model, _ = make_model(growth)
+            result = {
+                "settings": growth.settings,
+                "heads": growth.plan.sizes.heads,
+                "parameters": growth.summary()["parameters"]["grown"],
+                "function_preserving": not growth.plan.inexact,
+            } | growth.comparison_facts(reference.compare(model, granularity=1))
+            sys.stderr.write(f"{result}\n")
+            return result
 
         return {
             "made": circumstances(),

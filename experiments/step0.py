@@ -22,12 +22,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
 
 from experiments.page import arguments, circumstances, renew, save
-from moewright.backbone.load import MadeSource, fill, load_model
+from moewright.backbone.load import load_model
+from moewright.convert.make import make_model
 from moewright.data.tokenizer import tokenise
 from moewright.demo.model import write_smollm2
 from moewright.evaluate.compare import Reference, compare_logits
+from moewright.upcycle.apply import upcycling_of
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.plan import plan_upcycle
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "step0.json"
@@ -106,12 +107,13 @@ def measure(*, methods_alone: bool) -> dict[str, object]:
             options = {"router_order": "topk-softmax"} | settings
             calibrate_on = options.pop("calibrate_on", None)
             config = UpcycleConfig(**{"experts": EXPANSION * options.get("granularity", 1)} | options)
-            plan = plan_upcycle(source, config, dtype=dtype, calibration_texts=calibration if calibrate_on else None)
-            fill(plan.model, plan.form, MadeSource(plan.tensor))
-            comparison = references[dtype].compare(plan.model, granularity=config.tied)
-            found = {"settings": plan.config.settings(), "calibrate_on": calibrate_on} | asdict(comparison)
-            sys.stderr.write(f"{found}\n")
-            return found
+            texts = calibration if calibrate_on else None
+            upcycling = upcycling_of(source, config, dtype=dtype, calibration_texts=texts)
+            model, _ = make_model(upcycling)
+            comparison = references[dtype].compare(model, granularity=config.tied)
+            result = {"settings": upcycling.settings, "calibrate_on": calibrate_on} | asdict(comparison)
+            sys.stderr.write(f"{result}\n")
+            return result
 
         methods = {
             "methods": [{"method": name} | row(settings) for name, settings in METHODS.items()],

@@ -1,17 +1,10 @@
-"""The command ``moewright``: one function a verb, and no logic.
+"""The command ``moewright``: it prints, turns exceptions into one line and an exit code, and exits.
 
-Each verb turns its options into one library call and returns what is to be shown; ``main`` shows it and turns
-exceptions into one line on standard error and an exit code. Libraries are imported by the verbs that need them, so
-that ``moewright --help`` is quick. What options a verb has stands in ``options.py``.
+The verbs and their options are the table in ``options/verbs.py``.
 """
 
-import argparse
 import contextlib
-import ctypes
-import dataclasses
 import errno
-import gc
-import itertools
 import json
 import math
 import os
@@ -19,20 +12,16 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from moewright.checkpoint.ahead import hash_ahead
-from moewright.distil.config import DistilConfig
-from moewright.errors import MoewrightError, ResourceError
-from moewright.grow.config import GrowConfig
-from moewright.options import parse
-from moewright.upcycle.config import UpcycleConfig
+from moewright.errors import MoewrightError, ResourceError, settings_written
+from moewright.options.parser import Facts, as_flag
+from moewright.options.verbs import parse
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
-M_MMAP_THRESHOLD = -3  # of malloc.h
 WIDTH_OF_A_FILE = 160  # when standard output is not a terminal: wide enough that no row wraps
 
 # Nothing is fetched from a hub by any verb, and the bars and notes of the libraries below us would mix with ours.
@@ -43,8 +32,6 @@ QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 
-Facts = Mapping[str, Any]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, or one of ``moewright.errors``, 70 (a bug of ours), 130 (Ctrl-C)."""
@@ -54,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, value)
     try:
         with _one_line_warnings():
-            args = parse(argv)
+            verb, values = parse(argv)
+            as_json = getattr(values, "json", False)
             # With --json, standard output is for the object alone, whatever a library prints.
-            with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-                facts = VERBS[args.verb](args)
-            _show(facts, as_json=args.json)
+            quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+            with quiet, settings_written(verb.settings(), write=lambda name: f"{as_flag(name)} "):
+                facts = verb.run(verb.read(values))
+            _show(facts, as_json=as_json)
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, debug=debug)
@@ -68,150 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except MoewrightError as error:
         return _fail(str(error), error.exit_code, debug=debug)
-    except Exception as error:  # the outermost frame: what is not ours to explain still ends as one line
+    except Exception as error:  # the outermost frame: any other error ends as one line, too
         if lacking := _lacking(error):
             return _fail(f"out of {lacking}: {error}", ResourceError.exit_code, debug=debug)
-        what = f"{type(error).__name__}: {error}"
         hint = "" if debug else "; run it again with --debug for the traceback"
-        return _fail(f"internal error (a bug of ours) {what}{hint}", INTERNAL_ERROR, debug=debug)
-
-
-def inspect(args: argparse.Namespace) -> Facts:
-    with _importing():
-        from moewright.backbone.inspect import inspect_folder
-
-    return inspect_folder(args.folder, checksums=args.checksums)
-
-
-def upcycle(args: argparse.Namespace) -> Facts:
-    hashes = None if args.dry_run else hash_ahead(args.source)  # on another core, while this one imports
-    with _importing():
-        import torch
-
-        from moewright.report.progress import progress_bar
-        from moewright.upcycle.apply import upcycle_folder
-
-    _return_large_blocks()
-    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(UpcycleConfig)}
-    config = UpcycleConfig(**settings | {"siblings": tuple(args.siblings)})
-    with progress_bar("writing") as track:
-        report = upcycle_folder(
-            args.source,
-            args.target,
-            config,
-            dtype=None if args.dtype is None else getattr(torch, args.dtype),
-            format=args.format,
-            verify_text=args.verify_text,
-            dry_run=args.dry_run,
-            overwrite=args.overwrite,
-            allow_nonfinite=args.allow_nonfinite,
-            hashes=hashes,
-            track=track,
-        )
-    return report.as_dict()
-
-
-def export(args: argparse.Namespace) -> Facts:
-    with _importing():
-        from moewright.export.folder import export_folder
-
-    report = export_folder(
-        args.source,
-        args.target,
-        to=args.to,
-        overwrite=args.overwrite,
-        accept_runtime_fault=args.accept_runtime_fault,
-    )
-    return report.as_dict()
-
-
-def grow(args: argparse.Namespace) -> Facts:
-    with _importing():
-        import torch
-
-        from moewright.grow.apply import grow_folder
-        from moewright.report.progress import progress_bar
-
-    _return_large_blocks()
-    config = GrowConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(GrowConfig)})
-    with progress_bar("writing") as track:
-        report = grow_folder(
-            args.source,
-            args.target,
-            config,
-            dtype=None if args.dtype is None else getattr(torch, args.dtype),
-            verify_text=args.verify_text,
-            dry_run=args.dry_run,
-            overwrite=args.overwrite,
-            track=track,
-        )
-    return report.as_dict()
-
-
-def train(args: argparse.Namespace) -> Facts:
-    with _importing():
-        from rich.console import Console
-
-        from moewright.train import loop
-        from moewright.train.config import load_run
-
-    result = loop.train(load_run(args.run, args.overrides), console=Console(stderr=True))
-    facts = dataclasses.asdict(result)
-    if not args.json:
-        facts.pop("losses", None)  # metrics.jsonl has them
-    return facts
-
-
-def distil(args: argparse.Namespace) -> Facts:
-    with _importing():
-        from moewright.distil.apply import distil_folder
-        from moewright.report.progress import progress_bar
-
-    config = DistilConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(DistilConfig)})
-    texts = {"text": args.text, "verify_text": args.verify_text}
-    with progress_bar("distilling") as track:
-        facts = distil_folder(
-            args.dense, args.sparse, args.target, config, overwrite=args.overwrite, track=track, **texts
-        )
-    if not args.json:
-        for row in facts["layers"]:
-            del row["top_ks"], row["errors_before"], row["errors_after"]  # moewright.json has them
-    return facts
-
-
-def evaluate_perplexity(args: argparse.Namespace) -> Facts:
-    with _importing():
-        from moewright.evaluate.perplexity import evaluate_files
-        from moewright.report.progress import progress_bar
-
-    with progress_bar("scoring") as track:
-        facts = evaluate_files(args.folder, args.texts, track=track)
-    if not args.json:
-        facts.pop("windows", None)
-    return facts
-
-
-def demo(args: argparse.Namespace) -> None:
-    with _importing():
-        from rich.console import Console
-
-        from moewright.demo.story import run_demo
-
-    names = itertools.chain(["demo"], (f"demo-{number}" for number in itertools.count(2)))
-    out = args.out or next(path for path in (Path("runs") / name for name in names) if not path.exists())
-    run_demo(out, Console())
-
-
-VERBS: Final[Mapping[str, Callable[[argparse.Namespace], Facts | None]]] = {
-    "inspect": inspect,
-    "upcycle": upcycle,
-    "grow": grow,
-    "train": train,
-    "export": export,
-    "distil": distil,
-    "perplexity": evaluate_perplexity,
-    "demo": demo,
-}
+        message = f"internal error (a bug of ours) {type(error).__name__}: {error}{hint}"
+        return _fail(message, INTERNAL_ERROR, debug=debug)
 
 
 def _show(facts: Facts | None, *, as_json: bool) -> None:
@@ -238,29 +89,6 @@ def _json_ready(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-@contextlib.contextmanager
-def _importing() -> Iterator[None]:
-    """Look for no garbage meanwhile, nor later in what has come: it took a fifth of an upcycling; libraries stay."""
-    new, enabled = "torch" not in sys.modules, gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-        if new:  # in a process that calls `main` again and again, what is garbage by then would stay too
-            gc.freeze()
-
-
-def _return_large_blocks() -> None:
-    """Let the C library give large blocks back at once, for a verb whose memory is a few large tensors of many sizes.
-
-    Its heap would keep the holes between them: twice the memory, for an upcycling with granularity 4.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ Everything else that reaches ``moewright.cli`` is a bug of ours and exits with 7
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class MoewrightError(Exception):
@@ -56,18 +57,34 @@ class Preempted(MoewrightError):
 
 @contextmanager
 def settings_written(names: Iterable[str], *, write: Callable[[str], str]) -> Iterator[None]:
-    """Say settings in errors as the user wrote them.
+    """Say settings in errors and warnings as the user wrote them.
 
-    Every message of ours writes a setting as `name=value`. Where the settings `names` came from flags or from a run
-    file, `write(name)` is what stands for `name=` there: `--top-k ` or `upcycle.top_k = `. Only `UsageError` speaks of
-    settings; what others name stands in files.
+    Every message of ours writes a setting as `name=value`, or mentions it as `name`, with the backticks or with an
+    underscore in it; any other word is an English word. Where the settings `names` came from flags or from a run file,
+    `write(name)` is what stands for `name=` there: `--top-k ` or `upcycle.top_k = `. Of errors only `UsageError`
+    speaks of settings; what others name stands in files.
     """
-    pattern = re.compile(rf"(?<![\w.-])({'|'.join(sorted(map(re.escape, names), key=len, reverse=True))})=")
+    longest_first = sorted(map(re.escape, names), key=len, reverse=True)
+    pattern = re.compile(rf"(?<![\w.-])(`?)({'|'.join(longest_first)})(?:(=)|\1(?![\w-]))")
+
+    def written(mention: re.Match[str]) -> str:
+        tick, name, equals = mention.groups()
+        if equals:
+            return tick + write(name)
+        return write(name).rstrip(" =") if tick or "_" in name else mention[0]
+
+    def show(message: Warning | str, *where: Any, **file: Any) -> None:
+        show_before(pattern.sub(written, str(message)), *where, **file)
+
+    show_before = warnings.showwarning
+    warnings.showwarning = show
     try:
         yield
     except UsageError as error:
-        error.args = (pattern.sub(lambda match: write(match[1]), str(error)), *error.args[1:])
+        error.args = (pattern.sub(written, str(error)), *error.args[1:])
         raise
+    finally:
+        warnings.showwarning = show_before
 
 
 def listed(names: list[str]) -> str:

@@ -107,12 +107,12 @@ def usage(binary: Any) -> dict[str, Any]:
         file.write(binary.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
+    figures = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert figures, text
     ptx = binary.asm["ptx"]
     return {
-        "registers": int(found[1]),
-        "spilled_bytes": int(found[2]),
+        "registers": int(figures[1]),
+        "spilled_bytes": int(figures[2]),
         "shared_bytes": binary.metadata.shared,
         "wgmma": "wgmma.mma_async" in ptx,
         "copies": [name for name in ("cp.async.cg", "cp.async.bulk.tensor") if name in ptx],
@@ -128,6 +128,7 @@ def main() -> None:
     if everything:
         problems += [{"rows_per_expert": 64}, {"rows_per_expert": 8}]
         problems += [{"rows_per_expert": 1024, "gated": False, "bias": True, "activation": "gelu"}]
+        problems += [{"rows_per_expert": 1024, "bias": True, "activation": "swiglu_oai"}]
         problems += [{"rows_per_expert": 1024, "dtype": torch.float32}]
     for problem in problems:
         for name, kernel, tiles, types, constants in cases(**problem):

@@ -167,9 +167,9 @@ class Recorder(TorchFunctionMode):
 
     def of_shape(self, rows: int, columns: int, names: Set[str] = NAMES) -> Tensor:
         """The one draw of so many numbers by one of these functions, as float64."""
-        found = [(name, value) for name, value in self.drawn if name in names and value.numel() == rows * columns]
-        assert len(found) == 1, f"{[(name, value.shape) for name, value in self.drawn]} for ({rows}, {columns})"
-        return found[0][1].reshape(rows, columns).double()
+        draws = [(name, value) for name, value in self.drawn if name in names and value.numel() == rows * columns]
+        assert len(draws) == 1, f"{[(name, value.shape) for name, value in self.drawn]} for ({rows}, {columns})"
+        return draws[0][1].reshape(rows, columns).double()
 
 
 def draws_of(layer: MoELayer, recorder: Recorder, x: Tensor, mask_T: Tensor, *, seed: int) -> reference.Draws:
@@ -272,16 +272,16 @@ def wanted(layer: MoELayer, given: Batch, draws: reference.Draws, earlier: list[
     return Wanted(result, {name: torch.zeros(1) if grad is None else grad for name, grad in gradients.items()})
 
 
-def distance(found: Tensor, right: Tensor) -> float:
+def distance(actual: Tensor, right: Tensor) -> float:
     """Relative, but absolute where hardly anything is wanted."""
-    return ((found.double() - right).norm() / right.norm().clamp(min=1e-2)).item()
+    return ((actual.double() - right).norm() / right.norm().clamp(min=1e-2)).item()
 
 
-def assert_equal(layer: MoELayer, found: Outcome, right: Wanted, *, tolerance: float = 1e-11) -> None:
+def assert_equal(layer: MoELayer, outcome: Outcome, right: Wanted, *, tolerance: float = 1e-11) -> None:
     """Output, gradients and statistics."""
-    assert distance(found.output_TD, right.result.output_TD) < tolerance
+    assert distance(outcome.output_TD, right.result.output_TD) < tolerance
     for name, gradient in right.gradients.items():
-        assert distance(found.gradients[name], gradient) < tolerance, f"gradient of {name}"
+        assert distance(outcome.gradients[name], gradient) < tolerance, f"gradient of {name}"
     stats, result = layer.stats, right.result
     assert stats.tokens_per_expert.tolist() == result.tokens_per_expert
     chosen = max(sum(result.tokens_per_expert), 1)

@@ -59,8 +59,8 @@ def test_the_global_loss_counts_this_step_and_the_one_before(recompute):
         for seed, size in enumerate((5, 9, 2), start=first):
             given = batch(layer, padded=True, seed=10 + seed)
             layer.zero_grad()
-            found = run(layer, given)
-            assert_equal(layer, found, wanted(layer, given, found.draws, earlier=summed([before, *counts])))
+            outcome = run(layer, given)
+            assert_equal(layer, outcome, wanted(layer, given, outcome.draws, earlier=summed([before, *counts])))
             # `run` has not told the step that it was one of its micro-batches; this one is.
             layer.context.token_mask = None
             counts.append(counted(step, layer, tokens(size, seed), recompute=recompute))
@@ -92,8 +92,8 @@ def test_an_evaluation_between_micro_batches_is_not_counted():
         layer.eval()(tokens(50, 2))
     layer.train().zero_grad()
     given = batch(layer, padded=False)
-    found = run(layer, given)
-    assert_equal(layer, found, wanted(layer, given, found.draws, earlier=earlier))
+    outcome = run(layer, given)
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws, earlier=earlier))
 
 
 def test_the_loss_of_sequences_by_hand():
@@ -176,8 +176,8 @@ def test_the_bias_evens_out_a_skewed_load(score):
         with torch.no_grad():
             layer(x)
         step.after_backward()
-        (found,) = step.end_step()
-        imbalance.append((found.tokens_per_expert.max() / 200).item())
+        (record,) = step.end_step()
+        imbalance.append((record.tokens_per_expert.max() / 200).item())
     assert imbalance[0] > 1.5
     assert max(imbalance[-10:]) < 1.15
 
@@ -199,8 +199,8 @@ def test_the_adaptive_coefficient_follows_the_dropped_share():
         assert layer.balance_coefficient.item() == pytest.approx(coefficient, rel=1e-6)
     layer.zero_grad()
     given = batch(layer, padded=True)
-    found = run(layer, given)  # it is the one that the loss is multiplied with
-    assert_equal(layer, found, wanted(layer, given, found.draws))
+    outcome = run(layer, given)  # it is the one that the loss is multiplied with
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws))
 
 
 def test_a_capped_coefficient_goes_to_its_most():
@@ -265,10 +265,10 @@ def test_each_stack_has_its_own_share():
             means[row] += shares[name] * torch.stack([stats.balance_loss, stats.z_loss, stats.entropy])
         step.after_backward()
     routing = step.end_step()
-    for row, found in enumerate(routing):
-        torch.testing.assert_close(torch.stack(found[2:]), means[row])
-        assert found.tokens_per_expert.sum() == 2 * 5 * 2
-    assert [found.dropped.item() for found in routing] == [0, 0]
+    for row, record in enumerate(routing):
+        torch.testing.assert_close(torch.stack(record[2:]), means[row])
+        assert record.tokens_per_expert.sum() == 2 * 5 * 2
+    assert [record.dropped.item() for record in routing] == [0, 0]
 
 
 def test_layers_of_unequal_numbers_of_experts_share_one_reduction(monkeypatch):
@@ -286,8 +286,8 @@ def test_layers_of_unequal_numbers_of_experts_share_one_reduction(monkeypatch):
     assert not reduced
     routing = step.end_step()
     assert [len(tensor) for tensor in reduced] == [5 + 3 + 7 + 3]
-    assert [found.tokens_per_expert.tolist() for found in routing] == [[2 * n for n in counts] for counts in here]
-    assert [found.dropped.item() for found in routing] == [2 * n for n in dropped]
+    assert [record.tokens_per_expert.tolist() for record in routing] == [[2 * n for n in counts] for counts in here]
+    assert [record.dropped.item() for record in routing] == [2 * n for n in dropped]
     assert min(dropped) > 0
     for layer, counts in zip(layers, here, strict=True):
         assert layer.previous_counts.tolist() == [2 * n for n in counts]
@@ -304,7 +304,7 @@ def test_a_model_without_moe_layers_has_nothing_to_do():
 
 def test_calls_out_of_order_are_refused():
     step = step_of(layer_of({}))
-    with pytest.raises(UsageError, match="give that of decoder, too"):
+    with pytest.raises(UsageError, match="lacks decoder: give one for each stack"):
         step.begin_micro_batch({"encoder": 1.0})
     step.begin_micro_batch({"decoder": 1.0})
     step.after_backward()
@@ -336,17 +336,17 @@ def trains_like_one_process(rank: int) -> None:
                     assert distance(ours.stats.balance_loss, right.result.balance_loss.detach()) < 1e-6
                     assert distance(ours.router.weight.grad, right.gradients["router.weight"]) < 1e-11
                 of_rank[other].append(counted(step_alone, alone, x.detach().requires_grad_()))
-        (found,), (expected,) = step.end_step(), step_alone.end_step()
+        (record,), (expected,) = step.end_step(), step_alone.end_step()
         before = summed([*of_rank[0], *of_rank[1]])
-        assert found.tokens_per_expert.tolist() == expected.tokens_per_expert.tolist() == before
-        assert same_numbers(found, expected, but=("balance_loss",))  # which this rank saw with other counts
+        assert record.tokens_per_expert.tolist() == expected.tokens_per_expert.tolist() == before
+        assert same_numbers(record, expected, but=("balance_loss",))  # which this rank saw with other counts
         assert torch.equal(ours.router.bias, alone.router.bias)
         assert torch.equal(ours.balance_coefficient, alone.balance_coefficient)
         assert torch.equal(ours.previous_counts, alone.previous_counts)
 
 
-def same_numbers(found: LayerRouting, expected: LayerRouting, *, but: tuple[str, ...]) -> bool:
-    pairs = zip(found._asdict().items(), expected, strict=True)
+def same_numbers(record: LayerRouting, expected: LayerRouting, *, but: tuple[str, ...]) -> bool:
+    pairs = zip(record._asdict().items(), expected, strict=True)
     return all(name in but or torch.allclose(one, other) for (name, one), other in pairs)
 
 

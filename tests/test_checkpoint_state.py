@@ -1,10 +1,10 @@
 """Training state: exact, verified before use, and never lost to a kill, a full disk or a flipped bit."""
 
+import errno
+import fcntl
 import json
 import os
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from moewright.checkpoint.state import load_state, newest_state, save_state
 from moewright.checkpoint.tensorfile import DTYPES
 from moewright.errors import CheckpointError, ResourceError
+from tests.full_disk import largest_file
 from tests.kill import kill_everywhere
 
 
@@ -205,6 +206,18 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
     assert newest_state(tmp_path) == (tmp_path / "step-00000002", [])
 
 
+def test_a_file_system_without_locks_is_no_news_at_each_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who opens the run's folder has been warned; no other process shares the name of a state's temporary folder."""
+
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert step_of(newest_state(tmp_path)[0]) == 2
+
+
 def test_facts_that_are_not_json_leave_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         save_state(tmp_path, step=1, tensors={}, facts={"loss": float("nan")})
@@ -215,15 +228,24 @@ def test_facts_that_are_not_json_leave_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(ResourceError, match="make room"):
-            save_state(tmp_path, step=2, tensors={"w": torch.ones(100, 100)}, facts={})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with largest_file(20_000), pytest.raises(ResourceError, match="make room"):
+        save_state(tmp_path, step=2, tensors={"w": torch.ones(100, 100)}, facts={})
+    assert names(tmp_path) == ["step-00000001"]
+    assert newest_state(tmp_path) == (tmp_path / "step-00000001", [])
+
+
+def test_a_failing_rename_leaves_the_state_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    rename = os.rename
+
+    def failing(source: Any, target: Any) -> None:
+        if ".tmp-" in str(source):
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        save(tmp_path, 1)
     assert names(tmp_path) == ["step-00000001"]
     assert newest_state(tmp_path) == (tmp_path / "step-00000001", [])
 

@@ -7,9 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,14 +24,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import Tensor
 
-from moewright.checkpoint.check import RUN, tree_hash
-from moewright.checkpoint.files import LARGE_BYTES, HashedFile
+from moewright.checkpoint.check import LEAVES_A_TASK, tree_hash
+from moewright.checkpoint.files import LARGE_BYTES
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.tensorfile import LazyTensor, write_tensor_file
 from moewright.checkpoint.tree import Leaf, TreeHasher, root
 from moewright.checkpoint.vocabulary import token_count
 from moewright.checkpoint.write import FolderWriter, plan_shards
 from moewright.errors import ModelError, ResourceError
+from tests.full_disk import largest_file
 from tests.kill import kill_everywhere
 from tests.models import tiny_model, tiny_tokenizer
 
@@ -149,8 +148,8 @@ def test_the_hash_of_weights(tmp_path: Path) -> None:
     assert tree_hash(tmp_path / "with") == found["sha256_tree"]
 
 
-def test_a_file_of_many_leaves_is_checked_in_runs(tmp_path: Path) -> None:
-    count = 3 * RUN + 5
+def test_a_file_of_many_leaves_is_checked_in_tasks(tmp_path: Path) -> None:
+    count = 3 * LEAVES_A_TASK + 5
     lazy = lazily({"many": torch.arange(count * 2, dtype=torch.int16).view(count, 1, 2)})
     found = write_tensor_file(tmp_path / "file", lazy)
     assert tree_hash(tmp_path / "file") == found["sha256_tree"]
@@ -294,17 +293,14 @@ def test_two_large_pieces_are_alive_at_a_time(tmp_path: Path) -> None:
     ModelFolder(out).verify_checksums()
 
 
-def test_an_error_on_its_way_to_the_disk_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(HashedFile, "_store", full)
-    for count in (1, 3):  # that of the last piece, too
-        lazy = {str(i): LazyTensor((LARGE_BYTES,), torch.uint8, lambda: torch.zeros(LARGE_BYTES, dtype=torch.uint8))
-                for i in range(count)}  # fmt: skip
-        with pytest.raises(ResourceError, match="make room"), FolderWriter(tmp_path / "out") as writer:
-            writer.write_tensors(lazy)
-        assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_on_its_way_to_the_disk_is_raised(tmp_path: Path, count: int) -> None:
+    """Large pieces are written by another thread; the error of the last one is raised as well."""
+    lazy = lazily({str(i): torch.zeros(LARGE_BYTES, dtype=torch.uint8) for i in range(count)})
+    full = pytest.raises(ResourceError, match="make room")
+    with largest_file(LARGE_BYTES // 2), full, FolderWriter(tmp_path / "out") as writer:
+        writer.write_tensors(lazy)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("made", [torch.ones(3, 2), torch.ones(2, 3, dtype=torch.float64)])
@@ -773,15 +769,8 @@ def test_a_full_disk_leaves_the_old_model(tmp_path: Path, limit: int) -> None:
     """A limit on file sizes stands for the disk: the write fails half-way (in the config, a header, a tensor)."""
     out = write(tmp_path / "out", 1.0)
     before = content(out)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-        with pytest.raises(ResourceError, match=r"bytes free\); make room"):
-            write_big(out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with largest_file(limit), pytest.raises(ResourceError, match=r"bytes free\); make room"):
+        write_big(out)
     assert content(out) == before
     assert list(tmp_path.iterdir()) == [out]
 

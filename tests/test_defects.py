@@ -1,6 +1,8 @@
 """The eleven defects of Megatron-LM's upcycling (commit d98e8a64, core 0.20.0), each by the behaviour that ours has."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,14 +11,13 @@ from moewright import cli
 from moewright.backbone.blocks import moe_layers
 from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
+from moewright.convert.make import lazy_tensors
 from moewright.errors import ModelError, UsageError
 from moewright.train.loop import train
-from moewright.upcycle.apply import upcycle_folder, upcycle_model
+from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.plan import plan_upcycle
 from tests.models import logits_of, plain_transformers, relative, write_dense
 from tests.runs import make_run, metrics
-from tests.test_upcycle import test_writing_holds_one_group_of_tensors_at_a_time as writes_a_group_at_a_time
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -63,10 +64,10 @@ def test_defect_4_any_part_of_the_model_converts_alone_and_in_any_order(tmp_path
     # There a pipeline stage got the layers of another. Here nothing depends on what else is made, or before.
     source = write_dense(tmp_path / "dense", num_hidden_layers=4)
     config = UpcycleConfig(experts=4, granularity=2, top_k=2, neurons="shuffled", redraw=0.5, noise=0.1)
-    whole = {name: list(lazy.make()) for name, lazy in plan_upcycle(source, config).tensors().items()}
+    whole = {name: list(lazy.make()) for name, lazy in lazy_tensors(upcycling_of(source, config)).items()}
     for stages in (1, 2, 4):
         for stage in reversed(range(stages)):
-            alone = plan_upcycle(source, config).tensors()
+            alone = lazy_tensors(upcycling_of(source, config))
             mine = [name for name in alone if f".layers.{stage}." in name]
             for name in reversed(mine):
                 for found, expected in zip(alone[name].make(), whole[name], strict=True):
@@ -121,7 +122,22 @@ def test_defect_8_exact_is_exact_and_what_is_not_says_by_how_much(tmp_path):
 
 
 def test_defect_9_dense_and_sparse_are_never_in_memory_together(tmp_path):
-    writes_a_group_at_a_time(tmp_path)
+    # 8 layers of 3 x 4 MB: the writer may hold a block (12 MB) and a piece, far less than the model.
+    source = write_dense(tmp_path / "dense", hidden_size=256, intermediate_size=4096, num_hidden_layers=8)
+    script = (
+        "import resource, sys\n"
+        "from moewright.upcycle.apply import upcycle_folder\n"
+        "from moewright.upcycle.config import UpcycleConfig\n"
+        "config = UpcycleConfig(experts=8, granularity=2, top_k=2)\n"
+        "upcycle_folder(sys.argv[1], sys.argv[2], config, dry_run=True)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "upcycle_folder(sys.argv[1], sys.argv[2], config)\n"
+        "print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))\n"
+    )
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "moe")]
+    used = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (tmp_path / "moe" / "model.safetensors").stat().st_size > 400e6
+    assert used < 100e6
 
 
 def test_defect_10_every_change_is_an_option_with_a_seed(tmp_path):

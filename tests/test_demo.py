@@ -5,18 +5,17 @@ import json
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from moewright.demo.findings import Sizes
+from moewright.demo.findings import Findings, Sizes
 from moewright.demo.model import write_smollm2
 from moewright.demo.pages import verdict
 from moewright.demo.process import run_python
 from moewright.demo.story import run_demo
-from moewright.demo.text import write_split
+from moewright.demo.text import Split, write_split
 from moewright.errors import DataError, MoewrightError, UsageError
 from tests.models import tiny_tokenizer, write_dense
 
@@ -29,30 +28,30 @@ def test_story_measures_what_it_tells(tmp_path):
     report = run_demo(
         tmp_path / "demo", Console(file=shown, width=100), sizes=TINY, write_model=lambda path: write_dense(path)
     )
-    found = json.loads((tmp_path / "demo" / "findings.json").read_text())
-    base, dense, start, moe = found["rows"]
-    assert found["start"]["relative_logit_difference"] <= 1e-5
+    findings = json.loads((tmp_path / "demo" / "findings.json").read_text())
+    base, dense, start, moe = findings["rows"]
+    assert findings["start"]["relative_logit_difference"] <= 1e-5
     assert start["perplexity"] == pytest.approx(base["perplexity"], rel=1e-5)
     assert start["parameters"] > base["parameters"] == dense["parameters"]
     assert start["active"] < start["parameters"]
     assert dense["perplexity"] != base["perplexity"] != moe["perplexity"]
-    assert all(row["peak_memory_bytes"] > 10**7 for row in found["rows"])
-    assert found["proof"]["largest_logit_difference"] < 1e-4
-    assert found["proof"]["architecture"] == "MixtralForCausalLM"
-    assert len(found["load"]) == 2
-    assert all(sum(load) == pytest.approx(16, abs=1e-3) for load in found["load"].values())
+    assert all(row["peak_memory_bytes"] > 10**7 for row in findings["rows"])
+    assert findings["proof"]["largest_logit_difference"] < 1e-4
+    assert findings["proof"]["architecture"] == "MixtralForCausalLM"
+    assert len(findings["load"]) == 2
+    assert all(sum(load) == pytest.approx(16, abs=1e-3) for load in findings["load"].values())
     # The same tokens in the same order: only the models differ.
     runs = [tomllib.loads((tmp_path / "demo" / f"run-{name}.toml").read_text()) for name in ("dense", "moe")]
     assert runs[1]["train"].pop("router_learning_rate_ratio") == TINY.router_learning_rate_ratio
     assert [run["data"] for run in runs] == [runs[0]["data"]] * 2
     assert [run["train"] for run in runs] == [runs[0]["train"]] * 2
-    # What the terminal and the page show is what was found.
+    # The terminal and the page show these findings.
     page = report.read_text()
     HTMLParser().feed(page)
     for text in (f"{moe['perplexity']:.3f}", f"{dense['perplexity']:.3f}"):
         assert text in page
         assert text in shown.getvalue()
-    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    assert page.count('<script type="application/json">') == 2
 
 
 def test_a_full_folder_is_refused(tmp_path):
@@ -83,12 +82,21 @@ def test_split_is_by_module_and_fixed_by_the_seed(tmp_path):
 
 def test_verdict_says_when_the_mixture_loses_and_when_the_gap_is_noise():
     rows = [{"perplexity": perplexity} for perplexity in (10.0, 8.0, 10.0, 9.0)]
-    found = SimpleNamespace(steps=3, rows=rows, gap=(0.118, 0.01))
-    assert "9.000, higher than" in verdict(found)
-    assert "does not rank" not in verdict(found)
-    rows[3]["perplexity"], found.gap = 7.8, (-0.025, 0.02)
-    assert "7.800, lower than" in verdict(found)
-    assert "does not rank" in verdict(found)
+    findings = Findings(
+        sizes=TINY,
+        split=Split(train=[], held_out=[], train_tokens=0, held_out_tokens=0),
+        steps=3,
+        prompt="",
+        sized="",
+        start={},
+        rows=rows,
+        gap=(0.118, 0.01),
+    )
+    assert "9.000, higher than" in verdict(findings)
+    assert "does not rank" not in verdict(findings)
+    rows[3]["perplexity"], findings.gap = 7.8, (-0.025, 0.02)
+    assert "7.800, lower than" in verdict(findings)
+    assert "does not rank" in verdict(findings)
 
 
 @pytest.mark.slow
@@ -105,8 +113,8 @@ def test_smollm2_comes_out_of_its_package(tmp_path):
 @pytest.mark.timeout(2400)
 def test_story_on_the_real_model(tmp_path):
     run_demo(tmp_path / "demo", Console(quiet=True), sizes=Sizes(train_tokens=2048, held_out_tokens=1024))
-    found = json.loads((Path(tmp_path) / "demo" / "findings.json").read_text())
-    base, dense, start, moe = found["rows"]
-    assert found["start"]["relative_logit_difference"] <= 1e-5
+    findings = json.loads((Path(tmp_path) / "demo" / "findings.json").read_text())
+    base, dense, start, moe = findings["rows"]
+    assert findings["start"]["relative_logit_difference"] <= 1e-5
     assert start["perplexity"] == pytest.approx(base["perplexity"], rel=1e-4)
     assert max(dense["perplexity"], moe["perplexity"]) < base["perplexity"]

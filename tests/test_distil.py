@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +18,14 @@ from moewright.backbone.load import load_model
 from moewright.backbone.save import save_model
 from moewright.data.pack import PackedRows
 from moewright.distil import apply as distil
-from moewright.distil import layerwise
 from moewright.distil.apply import distil_folder
+from moewright.distil.choose import choose_top_k
 from moewright.distil.config import DistilConfig
-from moewright.distil.layerwise import (
-    Block,
-    Rows,
-    choose_top_k,
-    dense_blocks,
-    distil_layers,
-    layer_loss,
-    measure_layers,
-    possible_top_ks,
-    training_config,
-)
+from moewright.distil.layerwise import distil_layers
+from moewright.distil.measure import measure_layers, possible_top_ks
+from moewright.distil.rows import Rows, read_rows
+from moewright.distil.teach import layer_loss, train_layers, training_config
+from moewright.distil.teacher import Block, Teacher
 from moewright.errors import CheckpointError, DataError, ModelError, UsageError
 from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
@@ -124,7 +118,7 @@ def test_blocks_are_what_the_model_computes(folders):
     inputs = {}
     for layer in (0, 2):
         dense.model.layers[layer].mlp.register_forward_pre_hook(lambda m, a, layer=layer: inputs.update({layer: a[0]}))
-    blocks = dense_blocks(dense, batch, [0, 2], dtype="float32")
+    blocks = Teacher(dense).blocks(batch, [0, 2], dtype="float32")
     assert list(blocks) == [0, 2]
     for layer, block in blocks.items():
         assert torch.equal(block.x_BSD, inputs[layer])
@@ -133,7 +127,7 @@ def test_blocks_are_what_the_model_computes(folders):
         assert not block.y_BSD.requires_grad
     # A document sees nothing of another, nor of padding: alone it gives the same.
     alone = PACKED.batch([len(PACKED) - 1])
-    last = dense_blocks(dense, alone, [2], dtype="float32")[2]
+    last = Teacher(dense).blocks(alone, [2], dtype="float32")[2]
     assert torch.allclose(last.y_BSD[0], blocks[2].y_BSD[1], atol=1e-5)
     assert not any(module._forward_hooks for module in dense.modules())
 
@@ -142,7 +136,7 @@ def test_a_layer_learns_the_same_bits_whichever_others_learn_beside_it(folders):
     tables, models = [], []
     for at_once in (1, 2, 3):
         dense, sparse = pair(folders)
-        tables.append(distil_layers(dense, sparse, LEARNED, HELD_OUT, replace(QUICK, layers_at_once=at_once)))
+        tables.append(distil_layers(Teacher(dense), sparse, LEARNED, HELD_OUT, replace(QUICK, layers_at_once=at_once)))
         models.append(weights(sparse))
     assert tables[0] == tables[1] == tables[2]
     assert same(models[0], models[1])
@@ -150,9 +144,9 @@ def test_a_layer_learns_the_same_bits_whichever_others_learn_beside_it(folders):
 
     dense, sparse = pair(folders)
     alone = moe_layers(sparse)[1]
-    (before,) = measure_layers(dense, {1: alone}, HELD_OUT, batch_size=4).values()
+    (before,) = measure_layers(Teacher(dense), {1: alone}, HELD_OUT, batch_size=4).values()
     alone.configure(training_config(alone.config, QUICK))
-    layerwise.train_layers(dense, {1: alone}, LEARNED, variances={1: before.variance}, settings=QUICK)
+    train_layers(Teacher(dense), {1: alone}, LEARNED, variances={1: before.variance}, settings=QUICK)
     assert same(weights(alone), weights(moe_layers(load_like(sparse, models[0]))[1]))
 
 
@@ -165,7 +159,7 @@ def load_like(model, tensors):
 def test_errors_fall_and_the_dense_model_stays_as_it_is(folders):
     dense, sparse = pair(folders)
     before_dense, before = copy.deepcopy(dense.state_dict()), weights(sparse)
-    table = distil_layers(dense, sparse, LEARNED, HELD_OUT, QUICK)
+    table = distil_layers(Teacher(dense), sparse, LEARNED, HELD_OUT, QUICK)
     assert [row["layer"] for row in table] == [0, 1, 2]
     for row in table:
         assert row["trained"]
@@ -197,12 +191,12 @@ def test_errors_of_every_top_k_are_those_of_a_loop_in_float64(folders, order):
     for moe in layers.values():
         moe.configure(replace(moe.config, router_order=order))
         moe.router.weight.normal_(0.0, 0.3)
-    found = measure_layers(dense, layers, HELD_OUT, batch_size=3)
+    found = measure_layers(Teacher(dense), layers, HELD_OUT, batch_size=3)
     assert all(moe.config.top_k == 4 for moe in layers.values())
     read = {layer: [] for layer in layers}
     for number in HELD_OUT.numbers:
         batch = PACKED.batch([number])
-        for layer, block in dense_blocks(dense, batch, list(layers), dtype="float32").items():
+        for layer, block in Teacher(dense).blocks(batch, list(layers), dtype="float32").items():
             read[layer].append(block.x_BSD[batch.token_mask])
     for layer, moe in layers.items():
         x_TD = torch.cat(read[layer]).double()
@@ -250,7 +244,7 @@ def test_an_exact_start_stays_and_gets_the_smallest_top_k(folders):
         dense, sparse = pair(folders, name)
         before = weights(sparse)
         with pytest.warns(UserWarning, match="layers 0, 1, 2 compute their dense blocks already"):
-            table = distil_layers(dense, sparse, LEARNED, HELD_OUT, replace(QUICK, tolerance=1e-6, top_k=None))
+            table = distil_layers(Teacher(dense), sparse, LEARNED, HELD_OUT, replace(QUICK, tolerance=1e-6, top_k=None))
         assert same(before, weights(sparse))
         for row in table:
             assert row["error_before"] < 1e-12
@@ -263,7 +257,7 @@ def test_a_layer_takes_its_trained_weights_only_if_they_are_better(folders):
     dense, sparse = pair(folders)
     before, strict = weights(sparse), replace(QUICK, tolerance=1e-6)
     with pytest.warns(UserWarning, match="layers 0, 1, 2 keep the weights that they had"):
-        table = distil_layers(dense, sparse, LEARNED, HELD_OUT, strict)
+        table = distil_layers(Teacher(dense), sparse, LEARNED, HELD_OUT, strict)
     for row in table:  # all four experts were exact, and after training no number is within the tolerance
         assert not row["trained"]
         assert row["top_k"] == 4
@@ -274,7 +268,7 @@ def test_a_layer_takes_its_trained_weights_only_if_they_are_better(folders):
         for moe in moe_layers(sparse).values():
             moe.experts.down_proj.mul_(3.0)
     with pytest.warns(UserWarning, match="layers 0, 1, 2 miss the tolerance 1e-06 with any top-k"):
-        table = distil_layers(dense, sparse, LEARNED, HELD_OUT, strict)
+        table = distil_layers(Teacher(dense), sparse, LEARNED, HELD_OUT, strict)
     for row in table:
         assert row["trained"]
         assert not row["within_tolerance"]
@@ -284,7 +278,7 @@ def test_a_layer_takes_its_trained_weights_only_if_they_are_better(folders):
 def test_training_with_one_renormalised_expert_is_warned_of(folders):
     dense, sparse = pair(folders)
     with pytest.warns(UserWarning, match="top_k=1 with router_order=topk-softmax"):
-        distil_layers(dense, sparse, LEARNED, HELD_OUT, replace(QUICK, top_k=1, tolerance=0.99))
+        distil_layers(Teacher(dense), sparse, LEARNED, HELD_OUT, replace(QUICK, top_k=1, tolerance=0.99))
 
 
 def command(folders: Path, out: Path, *more: str, sparse: str = "split") -> list[str]:
@@ -343,11 +337,16 @@ def test_errors_are_those_of_the_folder_also_in_bfloat16(folders, tmp_path):
     assert load_model(tmp_path / "out").dtype == torch.bfloat16
 
     dense, sparse = load_model(folders / "dense"), load_model(tmp_path / "out", dtype=torch.float32)
-    packed = distil._read_rows(
-        folders / "dense", dense, config, text=text, verify_text=held_out, cache=tmp_path / "cache"
-    )[1]
+    _, rows = read_rows(
+        folders / "dense",
+        config,
+        vocabulary=dense.config.vocab_size,
+        text=text,
+        verify_text=held_out,
+        cache_dir=tmp_path / "cache",
+    )
     layers = moe_layers(sparse)
-    again = measure_layers(dense, layers, packed, batch_size=config.batch_size)
+    again = measure_layers(Teacher(dense), layers, rows, batch_size=config.batch_size)
     for row in facts["layers"]:
         assert layers[row["layer"]].config.top_k == row["top_k"]
         assert list(again[row["layer"]].errors.values()) == row["errors_after" if row["trained"] else "errors_before"]
@@ -406,7 +405,7 @@ def test_settings_that_make_no_sense(changes, message):
         (("dense", "split"), {"top_k": 5}, UsageError, r"top_k=5 > num_experts=4"),
         (("dense", "split"), {"sequence_length": 256, "tokens": 9999}, UsageError, r"=256: the model has 128 pos"),
         (("dense", "split"), {"batch_size": 200, "tokens": 9999}, DataError, r"the text has \d+ tokens, where a batch"),
-        (("dense", "split"), {"held_out_tokens": 9999}, DataError, r"a batch and what is held out take \d+"),
+        (("dense", "split"), {"held_out_tokens": 9999}, DataError, r"a batch and the held-out rows take \d+"),
         (("missing", "split"), {}, ModelError, r"missing"),
     ],
 )  # fmt: skip
@@ -458,51 +457,10 @@ def test_targets_and_texts_that_are_refused(folders, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_the_command_hands_every_option_to_the_library(monkeypatch):
-    calls = []
-
-    def distil_folder(*args, track, **options):
-        assert callable(track)
-        calls.append((*args, options))
-        return {"layers": []}
-
-    monkeypatch.setattr(distil, "distil_folder", distil_folder)
-    long = (
-        "--tolerance 0.2 --tokens 50000 --held-out-tokens 99 --top-k 3 --layers-at-once 2 --batch-size 5"
-        " --sequence-length 64 --learning-rate 0.1 --router-learning-rate-ratio 0.2 --balance-loss 0.3 --z-loss 0.4"
-        " --dtype bfloat16 --seed 7 --device cpu --overwrite --verify-text c.txt --text a.txt b.txt"
-    )
-    assert cli.main(["distil", "d", "s", "o", *long.split()]) == 0
-    assert cli.main(["distil", "d", "s", "o", "--text", "a.txt", "--tolerance", "0.1"]) == 0
-    every = DistilConfig(
-        tolerance=0.2,
-        tokens=50000,
-        held_out_tokens=99,
-        top_k=3,
-        layers_at_once=2,
-        batch_size=5,
-        sequence_length=64,
-        learning_rate=0.1,
-        router_learning_rate_ratio=0.2,
-        balance_loss=0.3,
-        z_loss=0.4,
-        dtype="bfloat16",
-        seed=7,
-        device="cpu",
-    )
-    paths = (Path("d"), Path("s"), Path("o"))
-    assert calls == [
-        (*paths, every, {"text": ["a.txt", "b.txt"], "verify_text": ["c.txt"], "overwrite": True}),
-        (*paths, DistilConfig(tolerance=0.1), {"text": ["a.txt"], "verify_text": (), "overwrite": False}),
-    ]
-    unchanged = {f.name for f in fields(DistilConfig) if getattr(every, f.name) == f.default}
-    assert not unchanged, "each option is given here"
-
-
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--tolerance", "2"], 2, "tolerance=2.0: it is a share of the dense output's variance"),
+        (["--tolerance", "2"], 2, "--tolerance 2.0: it is a share of the dense output's variance"),
         (["--held-out-tokens", "99999"], 3, "the text has"),
         (["--learning-rate", "1e30"], 4, "layer 0: "),
         (["--tolerence", "1"], 2, "unknown argument '--tolerence' (did you mean --tolerance?)"),

@@ -17,7 +17,8 @@ import torch
 from experiments.page import renewed
 from moewright.data import config as data
 from moewright.family.table import growing_families
-from moewright.moe.config import MoEConfig
+from moewright.moe import config as moe
+from moewright.moe.config import MoEConfig, MoESettings
 from moewright.moe.kernels import KERNELS
 from moewright.moe.layer import MoELayer
 from moewright.train import config as train
@@ -31,7 +32,7 @@ TABLES = [
     ("", train, "RunConfig"),
     ("upcycle.", upcycle, "UpcycleConfig"),
     ("data.", data, "DataConfig"),
-    ("moe.", train, "MoESettings"),
+    ("moe.", moe, "MoESettings"),
     ("train.", train, "TrainConfig"),
 ]
 
@@ -156,8 +157,8 @@ def test_layer_page_runs(tmp_path):
 def test_layer_page_lists_the_moe_table():
     (block,) = layer_blocks("toml")
     table = tomllib.loads(block)["moe"]
-    train.MoESettings(**table)
-    assert list(table) == [field.name for field in dataclasses.fields(train.MoESettings)]
+    MoESettings(**table)
+    assert list(table) == [field.name for field in dataclasses.fields(MoESettings)]
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)

@@ -114,8 +114,8 @@ def split_layer_equals_whole(rank: int) -> None:
             assert min(sent) > 0
 
 
-def close(found: Tensor, right: Tensor, what: str) -> None:
-    torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12, msg=lambda text: f"{what}: {text}")
+def close(actual: Tensor, right: Tensor, what: str) -> None:
+    torch.testing.assert_close(actual, right, rtol=1e-10, atol=1e-12, msg=lambda text: f"{what}: {text}")
 
 
 def test_experts_on_two_ranks_behind_another_exchange_compute_the_same(tmp_path: Path) -> None:

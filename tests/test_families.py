@@ -28,10 +28,10 @@ from moewright.evaluate.perplexity import evaluate_files
 from moewright.family.config import chosen_layers
 from moewright.family.table import FAMILIES as TABLE
 from moewright.family.table import dense_families
-from moewright.train.config import load_run
+from moewright.train.run_file import load_run
 from moewright.train.start import start
+from moewright.upcycle.apply import upcycling_of
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.plan import plan_upcycle
 from tests.models import (
     FAMILIES,
     SIZES,
@@ -491,7 +491,7 @@ def test_experts_choose_in_encoders_only(tmp_path):
 def test_dropout_between_the_projections_is_named(tmp_path):
     source = write_dense(tmp_path / "dense", "bart", activation_dropout=0.25)
     with pytest.warns(UserWarning, match=r"activation_dropout=0\.25"):
-        plan_upcycle(source, UpcycleConfig(experts=4, top_k=2))
+        upcycling_of(source, UpcycleConfig(experts=4, top_k=2))
 
 
 def test_a_head_of_its_own_that_t5_configs_do_not_tell_of(tmp_path):

@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,10 +25,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moewright import cli
-from moewright.checkpoint import files, tensorfile
+from moewright.checkpoint import files, write
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError
 from moewright.upcycle.scale import Factors
+from tests.full_disk import largest_file
 from tests.kill import kill_everywhere
 from tests.models import tiny_tokenizer, write_dense
 from tests.raw_files import entry, write_raw
@@ -161,7 +161,7 @@ def test_case_07_a_header_that_lies(
 ) -> None:
     write_raw(source / WEIGHTS, header, bytes(24), length)
     monkeypatch.delattr(torch, "empty")  # nothing is allocated for what such a header says
-    monkeypatch.delattr(tensorfile, "read_tensor")
+    monkeypatch.setattr("mmap.mmap", None)
     shell.refuses_source(source, source / WEIGHTS, words)
 
 
@@ -413,19 +413,6 @@ def test_case_20_the_same_command_again(killed: Killed, tmp_path: Path) -> None:
         assert [path.name for path in place.iterdir()] == ["moe"]
 
 
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond ``size`` bytes, as on a disk that is full."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("size", [100, 2000, 100_000])
 def test_case_21_a_disk_that_is_full(shell: Shell, source: Path, size: int, overwrite: bool) -> None:
@@ -454,7 +441,7 @@ def test_case_21_too_little_room_is_said_first(shell: Shell, source: Path, monke
         free: int = 1000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage())
-    monkeypatch.delattr(tensorfile, "write_tensor_file")
+    monkeypatch.delattr(write, "write_tensor_file")
     say = ("bytes are needed, 1000 are free", "make room")
     shell.refuses("upcycle", source, shell.place / "moe", *OPTIONS, code=5, say=say)
     shell.refuses("upcycle", source, shell.place / "moe", *OPTIONS, "--dry-run", code=5, say=say)
@@ -544,7 +531,7 @@ def test_case_24_logits_that_differ(
     text.write_text("some text, long enough\n" * 20)
     if overwrite:
         upcycle_small(source, moe)
-    monkeypatch.setattr("moewright.upcycle.plan.factors", lambda *_, **__: Factors(up=1.01))
+    monkeypatch.setattr("moewright.upcycle.tensors.factors", lambda *_, **__: Factors(up=1.01))
     shell.refuses(
         "upcycle",
         source,

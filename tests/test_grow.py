@@ -19,11 +19,12 @@ from moewright.backbone.inspect import inspect_folder
 from moewright.backbone.load import load_model
 from moewright.backbone.skeleton import has_tied_head
 from moewright.checkpoint.read import ModelFolder
+from moewright.convert.make import lazy_tensors
 from moewright.errors import DataError, ModelError, UsageError
 from moewright.family.table import FAMILIES, dense_families, growing_families
-from moewright.grow.apply import grow_folder, grow_model, plan_growth
+from moewright.grow.apply import grow_folder, grow_model, growth_of
 from moewright.grow.config import GrowConfig, Sizes, grown_sizes, hidden_step
-from moewright.grow.maps import layer_map, neuron_map
+from moewright.grow.maps import grow_tensor, layer_map, neuron_map
 from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
 from tests.grow_reference import decoder, slow_growth, unfused
@@ -76,7 +77,8 @@ def source_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def grown_state(folder: Path, config: GrowConfig) -> dict[str, torch.Tensor]:
-    return {n: t.make() for n, t in plan_growth(folder, config, dtype=torch.float64).tensors().items()}
+    tensors = lazy_tensors(growth_of(folder, config, dtype=torch.float64))
+    return {name: next(iter(tensor.make())) for name, tensor in tensors.items()}
 
 
 def exact_logits(folder: Path, ids=INPUT) -> torch.Tensor:
@@ -130,8 +132,9 @@ def test_width_fpi_preserves_the_function(tmp_path, model_type, tied, kv_heads):
     assert plain.config.num_attention_heads * 8 == plain.config.hidden_size
     assert report.summary["function_preserving"]
     (comparison,) = report.comparisons
-    assert comparison["relative_logit_difference"] <= 1e-5
-    assert comparison["grown_perplexity"] == pytest.approx(comparison["source_perplexity"], rel=1e-5)
+    assert comparison.relative_logit_difference <= 1e-5
+    (facts,) = report.as_dict()["comparisons"]
+    assert facts["grown_perplexity"] == pytest.approx(facts["source_perplexity"], rel=1e-5)
     # Without the rounding of float32 nothing is left of the difference.
     grow_folder(source, tmp_path / "exact", growth, dtype=torch.float64)
     assert relative(exact_logits(tmp_path / "exact"), exact_logits(source)) <= 1e-12
@@ -212,7 +215,7 @@ def test_unequal_copies_are_inexact_only_through_the_norms(tmp_path, model_type,
     # It is written, and said.
     assert report.summary["function_preserving"] is False
     assert "norms see another mean square" in report.summary["changed_by"][0]
-    assert report.comparisons[0]["relative_logit_difference"] > 1e-3
+    assert report.comparisons[0].relative_logit_difference > 1e-3
 
 
 def test_powers_of_two_are_exact_in_bfloat16(tmp_path):
@@ -222,8 +225,8 @@ def test_powers_of_two_are_exact_in_bfloat16(tmp_path):
     report = grow_folder(
         source, tmp_path / "g", GrowConfig(hidden_size=64, intermediate_size=128), verify_text=text_file(tmp_path)
     )
-    assert [comparison["dtype"] for comparison in report.comparisons] == ["bfloat16", "float32"]
-    assert report.comparisons[1]["relative_logit_difference"] <= 1e-5
+    assert [comparison.dtype for comparison in report.comparisons] == ["bfloat16", "float32"]
+    assert report.comparisons[1].relative_logit_difference <= 1e-5
     assert ModelFolder(tmp_path / "g").dtype() == torch.bfloat16
 
 
@@ -400,24 +403,24 @@ def test_the_pattern_of_gemma_is_kept_or_refused(tmp_path):
     six = dense(tmp_path / "6", "gemma3_text", num_hidden_layers=6, sliding_window_pattern=6)
     assert [
         n
-        for n, kind in enumerate(plan_growth(six, GrowConfig(layers=19, depth="stack")).model.config.layer_types)
+        for n, kind in enumerate(growth_of(six, GrowConfig(layers=19, depth="stack")).model.config.layer_types)
         if kind == "full_attention"
     ] == [5, 11, 17]
     eight = dense(tmp_path / "8", "gemma3_text", num_hidden_layers=8, sliding_window_pattern=6)
-    plan_growth(eight, GrowConfig(layers=11, depth="stack"))
+    growth_of(eight, GrowConfig(layers=11, depth="stack"))
     for depth in ("stack", "interpolate"):
         with pytest.raises(UsageError, match="grow hidden_size or intermediate_size instead"):
-            plan_growth(eight, GrowConfig(layers=12, depth=depth))
+            growth_of(eight, GrowConfig(layers=12, depth=depth))
 
 
 def test_encoder_decoders_that_cannot_grow_are_refused(tmp_path):
     source = dense(tmp_path, "m2m_100")
     with pytest.raises(UsageError, match="the width of a m2m_100 model cannot grow, since its positions"):
-        plan_growth(source, GrowConfig(hidden_size=64, intermediate_size=128))
+        growth_of(source, GrowConfig(hidden_size=64, intermediate_size=128))
     for number, changes in enumerate(({"decoder_layers": 1}, {"decoder_ffn_dim": 48}, {"decoder_attention_heads": 2})):
         uneven = dense(tmp_path / str(number), "bart", **changes)
         with pytest.raises(ModelError, match="encoder and decoder of this bart model differ in layers, heads or"):
-            plan_growth(uneven, GrowConfig(hidden_size=64))
+            growth_of(uneven, GrowConfig(hidden_size=64))
 
 
 def test_every_dense_family_grows():
@@ -530,10 +533,10 @@ def test_nan_weights_are_refused_and_leave_nothing(tmp_path):
 
 
 def test_an_exact_growth_that_is_not_exact_is_not_committed(tmp_path, monkeypatch):
-    from moewright.grow import apply as grow
-
-    exact, source = grow.grow_tensor, write_dense(tmp_path / "dense")
-    monkeypatch.setattr(grow, "grow_tensor", lambda *tensors, **rest: exact(*tensors, **rest) * 1.01)
+    source = write_dense(tmp_path / "dense")
+    monkeypatch.setattr(
+        "moewright.grow.tensors.grow_tensor", lambda *tensors, **rest: grow_tensor(*tensors, **rest) * 1.01
+    )
     with pytest.raises(ModelError, match=r"where width=fpi allows 0\.0001; nothing was written"):
         grow_folder(source, tmp_path / "grown", GrowConfig(hidden_size=64), verify_text=text_file(tmp_path))
     assert not (tmp_path / "grown").exists()
@@ -551,13 +554,13 @@ def test_settings_that_are_ignored_are_named(tmp_path):
         ({"hidden_size": 64, "depth": "stack"}, "depth=stack is ignored: the number of layers does not grow"),
     ):
         with pytest.warns(UserWarning, match=words):
-            plan_growth(source, GrowConfig(**settings))
-    with pytest.warns(UserWarning, match="text to verify on is ignored"):
+            growth_of(source, GrowConfig(**settings))
+    with pytest.warns(UserWarning, match="verify_text is ignored"):
         grow_folder(source, tmp_path / "a", GrowConfig(layers=3), verify_text=text_file(tmp_path), dry_run=True)
     shallow = write_dense(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.warns(UserWarning, match="width=aki is ignored: no layer is above the only one"):
-        plan = plan_growth(shallow, GrowConfig(hidden_size=64, width="aki"))
-    assert plan.inexact == []
+        growth = growth_of(shallow, GrowConfig(hidden_size=64, width="aki"))
+    assert growth.plan.inexact == []
 
 
 # The folder.
@@ -630,11 +633,11 @@ def test_dry_run_writes_nothing_and_foretells_the_folder(tmp_path):
 
 def test_a_tensor_is_made_only_when_it_is_asked_for(tmp_path, monkeypatch):
     source = write_dense(tmp_path / "dense", num_hidden_layers=3)
-    plan = plan_growth(source, GrowConfig(hidden_size=64, layers=6, width="aki"))
-    read, asked = plan.folder.read, []
-    monkeypatch.setattr(plan.folder, "read", lambda name: asked.append(name) or read(name))
-    tensors = plan.tensors()
-    assert plan.summary()["parameters"]["grown"] > 0
+    growth = growth_of(source, GrowConfig(hidden_size=64, layers=6, width="aki"))
+    read, asked = growth.folder.read, []
+    monkeypatch.setattr(growth.folder, "read", lambda name: asked.append(name) or read(name))
+    tensors = lazy_tensors(growth)
+    assert growth.summary()["parameters"]["grown"] > 0
     assert asked == []
     for name, wanted in (
         ("model.embed_tokens.weight", ["model.embed_tokens.weight"]),
@@ -644,7 +647,8 @@ def test_a_tensor_is_made_only_when_it_is_asked_for(tmp_path, monkeypatch):
         ("model.layers.5.self_attn.o_proj.weight", ["model.layers.2.self_attn.o_proj.weight"]),  # the last
     ):
         asked.clear()
-        assert tuple(tensors[name].make().shape) == tensors[name].shape
+        (tensor,) = tensors[name].make()
+        assert tuple(tensor.shape) == tensors[name].shape
         assert asked == wanted
 
 

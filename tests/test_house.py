@@ -1,4 +1,4 @@
-"""The rules of the house that can be read from the source: which room imports which, and what nobody may do."""
+"""The rules of the house that can be read from the source: who imports whom, and what nobody may do."""
 
 import ast
 import subprocess
@@ -8,17 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "moewright"
+from tests.imports import PACKAGE, ROOMS, ROOT, SOURCES, files_imported, imports, imports_of, loops, room, tree
 
-# A room imports only from rooms that stand before it.
-ROOMS = [
-    *("errors", "report", "moe", "checkpoint", "family", "backbone", "auto", "data", "evaluate", "export", "grow"),
-    *("upcycle", "surgery", "parallel", "optim", "distil", "train", "plan", "lens", "demo", "options", "cli"),
-    "__main__",
-]
-
-SOURCES = sorted(PACKAGE.rglob("*.py"))
 EVERYTHING = sorted(
     path
     for folder in ("moewright", "scripts", "experiments", "benchmarks", "tests")
@@ -48,6 +39,25 @@ def test_imports_follow_the_order_of_the_rooms() -> None:
         if (target := room_of_module(module)) is not None and ROOMS.index(target) > ROOMS.index(room(path))
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_files_import_one_another_in_a_loop() -> None:
+    graph = {name_of(path): {name_of(file) for file in files_imported(path)} for path in SOURCES}
+    assert graph["moewright/cli.py"], "the reader of imports finds what the command line imports"
+    assert loops(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": "b", "b": "c", "c": ""}, []),
+        ({"a": "b", "b": "a", "c": "ab"}, [["a", "b"]]),
+        ({"a": "a"}, [["a"]]),
+        ({"a": "b", "b": "c", "c": "d", "d": "b", "e": "f", "f": "e"}, [["b", "c", "d"], ["e", "f"]]),
+    ],
+)
+def test_the_rule_sees_every_loop(graph: dict[str, str], expected: list[list[str]]) -> None:
+    assert loops(graph) == expected
 
 
 def test_the_package_itself_imports_nothing() -> None:
@@ -207,37 +217,9 @@ def test_files_and_functions_stay_short() -> None:
     assert not long, "\n".join(long)
 
 
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def room(path: Path) -> str:
-    """The room a source file belongs to; a file that stands in none fails here."""
-    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    assert first == "__init__" or first in ROOMS, f"{path.relative_to(ROOT)} is in no room of house order {ROOMS}"
-    return first
-
-
 def room_of_module(module: str) -> str | None:
     parts = module.split(".")
     return parts[1] if parts[0] == "moewright" and len(parts) > 1 and parts[1] in ROOMS else None
-
-
-def imports(path: Path) -> Iterator[tuple[str, str]]:
-    package = ".".join(path.relative_to(ROOT).parent.parts)
-    for line, module in imports_of(tree(path), package=package):
-        yield f"{path.relative_to(ROOT)}:{line}", module
-
-
-def imports_of(module: ast.Module, *, package: str) -> Iterator[tuple[int, str]]:
-    """Line and absolute name of each import, at whatever depth; ``from a import b`` counts as ``a.b``."""
-    for node in ast.walk(module):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            stem = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{stem}.{alias.name}") for alias in node.names)
 
 
 def dotted(node: ast.expr) -> str:
@@ -280,3 +262,7 @@ def banned(module: ast.Module) -> Iterator[str]:
         for keyword in node.keywords:
             if isinstance(keyword.value, ast.Constant) and (keyword.arg, keyword.value.value) in BANNED_ARGUMENTS:
                 yield f"line {node.lineno}: {keyword.arg}={keyword.value.value}"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))

@@ -23,6 +23,7 @@ from moewright.upcycle.routers import normal_rows, repeated
 from moewright.upcycle.scale import balanced
 from moewright.upcycle.seeds import generator
 from tests import reference
+from tests.upcycling import complete
 
 D, T = 6, 7
 # (activation, gated)
@@ -211,7 +212,7 @@ def test_carved_shared_expert_is_unscaled_and_holds_the_bias(kind, mode, bias, o
     importance = None if mode == "added" else torch.rand(width, generator=torch.Generator().manual_seed(0))
     shared_S, left_R = neurons.carve(width, size=8, importance_W=importance)
     table = neurons.virtual_groups(left_R[neurons.contiguous(12, parts=G)], experts=E)
-    assert neurons.complete(table, granularity=G, width=width, shared_S=shared_S)
+    assert complete(table, granularity=G, width=width, shared_S=shared_S)
     sums = torch.ones(T, dtype=torch.float64)
     if order == "softmax-topk":
         sums = torch.stack([reference.softmax(router @ token).sort(descending=True).values[:K].sum() for token in x])
@@ -249,8 +250,8 @@ def test_the_published_scale_is_not_exact_for_gated_blocks():
 def test_neuron_factors_make_a_full_split_exact():
     """Split without growth, all experts chosen: by importance with shared neurons, and so more than one factor."""
     dense, x, E = block("GeGLU", width=16, bias=True), inputs(), 4
-    importance = torch.rand(16, generator=torch.Generator().manual_seed(0))
-    table = neurons.important(importance, experts=E, shared=4, expert_width=7)  # 4 shared, 12 dealt out: all are there
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    table = torch.cat((order[:4].expand(E, -1), order[4:].view(3, E).t()), dim=1)  # 4 shared, 12 dealt out: all there
     router = torch.zeros(E, D, dtype=torch.float64)  # every weight is 1/4
     weights = sparse_weights(dense, "GeGLU", table, router, total=1.0)
     factors = neurons.neuron_factors(table, width=16, top_k=E)

@@ -59,8 +59,8 @@ def expected(layer: MoELayer, x: torch.Tensor, weights: list[torch.Tensor]) -> t
     )
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
+def relative(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((actual.double() - wanted).norm() / wanted.norm().clamp(min=1e-12)).item()
 
 
 def test_files_are_read_in_the_order_that_the_package_names():

@@ -59,9 +59,9 @@ def assert_same(layer: MoELayer, theirs: nn.Module) -> None:
     """Output, and the gradients of the tokens and of the router."""
     x, y = tokens().requires_grad_(), tokens().requires_grad_()
     upstream = tokens(seed=2)
-    found, wanted = layer(x), theirs(y)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-    found.backward(upstream)
+    actual, wanted = layer(x), theirs(y)
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+    actual.backward(upstream)
     wanted.backward(upstream)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
     router = theirs.router.classifier if hasattr(theirs, "router") else theirs.gate
@@ -150,9 +150,9 @@ def test_gpt_oss_has_biases_everywhere_and_clamps_both_halves():
     x, y = tokens().requires_grad_(), tokens().requires_grad_()
     hidden = torch.einsum("bsd,ehd->bseh", x, experts.gate_up_proj)
     assert all(0.05 < (side > 7).float().mean() < 0.9 for side in (hidden[..., :F], hidden[..., F:], -hidden[..., F:]))
-    found, wanted = layer(x), theirs(y)[0]
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    found.backward(tokens(seed=2))
+    actual, wanted = layer(x), theirs(y)[0]
+    torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+    actual.backward(tokens(seed=2))
     wanted.backward(tokens(seed=2))
     pairs = {
         "router.weight": layer.router.weight.grad,

@@ -29,10 +29,10 @@ def leaves(dtype: torch.dtype, *, gated: bool = True, bias: bool = True, seed: i
     """Tokens, combine weights, first and second weights and, with `bias`, theirs."""
     generator, H, T = torch.Generator().manual_seed(seed), F * (2 if gated else 1), (sum(LOADS) + 6) // K
     shapes = [(T, D), (T, K), (E, H, D), (E, D, F), *([(E, H), (E, D)] if bias else [])]
-    found = [
+    tensors = [
         torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) == 3 else 1) for shape in shapes
     ]
-    return [(leaf if i == 1 else leaf.to(dtype)).requires_grad_() for i, leaf in enumerate(found)]
+    return [(leaf if i == 1 else leaf.to(dtype)).requires_grad_() for i, leaf in enumerate(tensors)]
 
 
 def definition(tensors: list[Tensor], chosen_TK: Tensor, *, activation: str, gated: bool) -> Tensor:
@@ -94,14 +94,14 @@ def test_padded_rows_compute_the_definition(short, activation, gated, bias):
     y = of_native(tensors, permutation, activation=activation, gated=gated)
     wanted = definition(exact, chosen_TK, activation=activation, gated=gated)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(short)
-    found, right = torch.autograd.grad(y, tensors, upstream), torch.autograd.grad(wanted, exact, upstream.double())
+    gradients, right = torch.autograd.grad(y, tensors, upstream), torch.autograd.grad(wanted, exact, upstream.double())
     # Its slope jumps by a half, and a rounded hidden state may stand on the other side.
     tolerance = 6e-2 if activation == "hardswish" else 2e-2
-    for one, other in zip((y, *found), (wanted, *right), strict=True):
+    for one, other in zip((y, *gradients), (wanted, *right), strict=True):
         assert (one.double() - other).norm() < tolerance * other.norm()
-    for gradient in found[2:]:
+    for gradient in gradients[2:]:
         assert not gradient[LOADS.index(0)].any()
-    assert not found[1][chosen_TK == E].any()
+    assert not gradients[1][chosen_TK == E].any()
 
 
 @pytest.mark.parametrize("frozen", [{2}, {3}, {4, 5}, {0, 2, 3}])

@@ -74,14 +74,14 @@ LACKING = [
 
 def pairs() -> list[tuple[str, str]]:
     """Those of two options that do not set the same field otherwise, and of which neither includes the other."""
-    found = []
+    allowed = []
     for a, b in combinations(OPTIONS, 2):
         one, other = OPTIONS[a], OPTIONS[b]
         if any(one[key] != other[key] for key in one.keys() & other.keys()):
             continue
         if filled(one | other) not in (filled(one), filled(other)):
-            found.append((a, b))
-    return found
+            allowed.append((a, b))
+    return allowed
 
 
 LEGAL = [pair for pair in pairs() if pair not in ILLEGAL]

@@ -37,8 +37,8 @@ ATTACHED = [name for name, changes in ALL.items() if "balance_loss" in changes o
 def test_values_and_gradients_are_those_of_the_definition(name, training, padded):
     layer = layer_of(ALL[name]).train(training)
     given = batch(layer, padded=padded)
-    found = run(layer, given)
-    assert_equal(layer, found, wanted(layer, given, found.draws))
+    outcome = run(layer, given)
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -47,8 +47,8 @@ def test_the_fast_kernels_in_float32_compute_it_too(name, kernel):
     skip_what_cannot_be_built(kernel)
     layer = layer_of({**ALL[name], "kernel": kernel}, dtype=torch.float32)
     given = batch(layer, padded=True)
-    found = run(layer, given)
-    assert_equal(layer, found, wanted(layer, given, found.draws), tolerance=5e-6)
+    outcome = run(layer, given)
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws), tolerance=5e-6)
 
 
 def skip_what_cannot_be_built(kernel: str) -> None:
@@ -62,8 +62,8 @@ def skip_what_cannot_be_built(kernel: str) -> None:
 def test_every_form_of_expert_computes_the_definition(activation, gated, bias):
     layer = layer_of({"activation": activation, "gated": gated, "expert_bias": bias, "shared_size": 4})
     given = batch(layer, padded=False)
-    found = run(layer, given)
-    assert_equal(layer, found, wanted(layer, given, found.draws))
+    outcome = run(layer, given)
+    assert_equal(layer, outcome, wanted(layer, given, outcome.draws))
 
 
 @pytest.mark.parametrize("training", [False, True])

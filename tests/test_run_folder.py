@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from moewright.data.pack import Batch
 from moewright.errors import CheckpointError, DataError, ModelError, ResourceError, UsageError
 from moewright.train import folder as run_folder
 from moewright.train import loop, resume, start
@@ -24,7 +25,8 @@ from moewright.train.config import RunConfig
 from moewright.train.folder import open_run
 from moewright.train.loop import train
 from moewright.train.metrics import JsonLines, read_json_lines
-from moewright.train.tree import to_toml
+from moewright.train.objective import CausalLanguageModel
+from moewright.train.run_file import to_toml
 from tests.models import tiny_tokenizer, write_dense
 from tests.runs import LINES, at_step, evaluations, make_run, metrics, send
 
@@ -117,7 +119,7 @@ def test_cheap_mistakes_are_told_before_the_model_is_loaded(tmp_path: Path, monk
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr(start, "load_model", never)
+    monkeypatch.setattr(start, "fill", never)
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"files": ("no.txt",)}, DataError, "no such file"),
         ({"eval_files": (text,)}, UsageError, r"text\.jsonl is in data\.files and in data\.eval_files"),
@@ -273,16 +275,16 @@ def test_a_line_is_on_the_disk_when_it_is_written(tmp_path: Path, monkeypatch: p
 def test_a_signal_ends_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped = make_run(tmp_path, out="whole"), make_run(tmp_path, out="stopped")
     train(whole)
-    original, calls = loop.language_loss, []
+    original, calls = CausalLanguageModel.loss, []
 
-    def language_loss(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def loss(objective: CausalLanguageModel, model: Any, batch: Batch) -> torch.Tensor:
         calls.append(model.training)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGTERM)
-        return original(model, *args, **kwargs)
+        return original(objective, model, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "language_loss", language_loss)
+        patch.setattr(CausalLanguageModel, "loss", loss)
         with pytest.raises(loop.Preempted, match="stopped and saved after step 0 of 6"):
             train(stopped)
     assert calls == [False]

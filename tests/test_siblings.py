@@ -60,8 +60,6 @@ def test_each_sibling_owns_whole_virtual_groups():
         require_siblings_fit(siblings=3, experts=experts, granularity=granularity)
     with pytest.raises(UsageError, match=r"granularity=2 and 3 siblings: .* multiple of 6 experts"):
         require_siblings_fit(siblings=3, experts=8, granularity=2)
-    with pytest.raises(UsageError, match="1 model to mix"):
-        require_siblings_fit(siblings=1, experts=8, granularity=2)
 
 
 def change_config(folder, **changes):
@@ -158,8 +156,3 @@ def test_another_vocabulary_is_no_sibling(pair):
         check(a, b)
     path.unlink()
     check(a, b)
-
-
-def test_one_model_has_no_siblings(pair):
-    with pytest.raises(UsageError, match="1 model to mix"):
-        check(pair[0])

@@ -15,17 +15,20 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moewright.backbone.blocks import moe_layers
 from moewright.backbone.load import load_model
+from moewright.checkpoint.read import ModelFolder
 from moewright.errors import CheckpointError, DataError, ModelError, Preempted, UsageError
 from moewright.moe.config import MoESettings
 from moewright.train import loop
-from moewright.train.config import RunConfig, load_run
+from moewright.train.config import RunConfig
 from moewright.train.loop import train
 from moewright.train.metrics import read_json_lines
 from moewright.train.resume import stop_on_signals
-from moewright.train.tree import to_toml
+from moewright.train.run_file import load_run, to_toml
+from moewright.train.start import start
 from moewright.upcycle.apply import upcycle_folder
 from moewright.upcycle.config import UpcycleConfig
 from tests.models import write_dense
@@ -150,6 +153,32 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UsageError, match=r"pip install 'moewright\[track\]'"):
         train(make_run(tmp_path, out="other", tensorboard=True))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("upcycle", [None, SPARSE])
+def test_parallelism_gets_a_skeleton_before_any_weight_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, upcycle: UpcycleConfig | None
+) -> None:
+    config = make_run(tmp_path, upcycle=upcycle, gradient_checkpointing=True)
+    calls: list[str] = []
+    read = ModelFolder.read
+
+    def prepare(model: PreTrainedModel) -> None:
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert len(moe_layers(model)) == (2 if upcycle else 0)
+        model.lm_head.weight.requires_grad_(False)
+        calls.append("prepare")
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append("read")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(ModelFolder, "read", spy)
+    started = start(config, cache_dir=tmp_path, prepare=prepare)
+    assert calls[0] == "prepare"
+    assert len(calls) > 10
+    assert not any(parameter.is_meta for parameter in started.model.parameters())
+    assert not started.model.lm_head.weight.requires_grad, "the skeleton that was prepared is the model that is trained"
 
 
 # Resuming
@@ -339,7 +368,8 @@ def test_a_run_that_cannot_start_leaves_no_trace(tmp_path: Path) -> None:
         (replace(config, data=bad), DataError, "not UTF-8"),
         (replace(config, data=replace(config.data, files=("no.txt",))), DataError, "no such file"),
         (replace(config, model=str(tmp_path / "empty")), ModelError, "empty"),
-        (replace(config, moe=MoESettings(kernel="fast")), UsageError, "'fast': choose one of grouped, loop"),
+        (replace(config, moe=MoESettings(kernel="fast")), UsageError, r"moe\.kernel = 'fast': choose one of grouped"),
+        (replace(config, upcycle=replace(SPARSE, layers="9")), UsageError, r"upcycle\.layers = '9': use all"),
     ]
     for case, error, message in cases:
         with pytest.raises(error, match=message):

@@ -1,6 +1,7 @@
 """One step: its loss and gradients do not depend on how the batch is divided."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -9,17 +10,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import configure
+from moewright.backbone.blocks import configure, moe_layers, routing_step
 from moewright.backbone.graft import graft
 from moewright.data.pack import IGNORE, Batch, PackedRows
 from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer
 from moewright.train.config import TrainConfig
-from moewright.train.loop import held_out_loss, language_loss, train_step
+from moewright.train.loop import held_out_loss, train_step
+from moewright.train.objective import CausalLanguageModel, Objective
 from moewright.train.start import recompute_blocks
 from tests.models import tiny_model
 
 END_TOKEN = 256
+OBJECTIVE = CausalLanguageModel(dtype="float32")
 
 Step = tuple[dict[str, Any], dict[str, Tensor]]
 """What `train_step` reported, and the gradients it gave to the optimiser."""
@@ -73,16 +76,37 @@ def uneven_batch() -> Batch:
     return batch
 
 
-def step_of(model: PreTrainedModel, batch: Batch, *, micro: int) -> Step:
-    settings = TrainConfig(steps=1, batch_size=len(batch), micro_batch_size=micro, dtype="float32", clip_norm=0.0)
+def step_with(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    *,
+    settings: TrainConfig,
+    objective: Objective[Any] = OBJECTIVE,
+) -> dict[str, Any]:
+    return train_step(
+        model,
+        batch,
+        objective=objective,
+        routing=routing_step(model),
+        optimizer=optimizer,
+        step=1,
+        settings=settings,
+    )
+
+
+def step_of(model: PreTrainedModel, batch: Any, *, micro: int, objective: Objective[Any] = OBJECTIVE) -> Step:
+    settings = TrainConfig(steps=1, batch_size=10, micro_batch_size=micro, dtype="float32", clip_norm=0.0)
     recorder = Recorder(model)
-    return train_step(model, recorder, batch, step=1, settings=settings), recorder.gradients
+    return step_with(model, recorder, batch, settings=settings, objective=objective), recorder.gradients
 
 
-def assert_same(
-    first: tuple[dict[str, Any], dict[str, Tensor]], second: tuple[dict[str, Any], dict[str, Tensor]]
-) -> None:
-    for name in ("loss", "grad_norm", "z_loss", "balance_loss", "router_entropy"):
+ADDITIVE = ("loss", "grad_norm", "z_loss", "router_entropy")
+"""Metrics that are means over targets or tokens, and so the same however a batch is divided."""
+
+
+def assert_same(first: Step, second: Step, *, metrics: tuple[str, ...] = (*ADDITIVE, "balance_loss")) -> None:
+    for name in metrics:
         assert first[0][name] == pytest.approx(second[0][name], rel=1e-5), name
     assert first[0]["load"] == second[0]["load"]
     assert first[0]["step_tokens"] == second[0]["step_tokens"]
@@ -105,8 +129,7 @@ def test_micro_batches_give_the_same_gradient(checkpointing: bool) -> None:
     without = step_of(sparse_model(balance_loss=0.0, z_loss=0.0), batch, micro=10)
     router = "model.layers.0.mlp.router.weight"
     assert not torch.allclose(whole[1][router], without[1][router], rtol=0.1), "the z-loss has no weight in this test"
-    parts[0]["balance_loss"] = whole[0]["balance_loss"]
-    assert_same(whole, parts)
+    assert_same(whole, parts, metrics=ADDITIVE)
 
 
 def test_the_balance_loss_of_sequences_has_one_gradient_however_they_are_divided() -> None:
@@ -129,6 +152,65 @@ def test_equal_micro_batches_have_the_balance_gradient_of_their_whole(checkpoint
     router = "model.layers.0.mlp.router.weight"
     assert not torch.allclose(whole[1][router], without[1][router], rtol=0.1), "the loss has no weight in this test"
     assert_same(whole, parts)
+
+
+class Pair(NamedTuple):
+    """B sources of S tokens and B targets of T tokens, where a stack reads some of them."""
+
+    source_BS: Tensor
+    source_mask_BS: Tensor
+    target_BT: Tensor
+    target_mask_BT: Tensor
+
+
+class Copying:
+    """An objective whose two stacks read different numbers of tokens: say the target, given the source."""
+
+    def micro_batches(self, batch: Pair, size: int) -> Iterator[Pair]:
+        return (Pair(*parts) for parts in zip(*(tensor.split(size) for tensor in batch), strict=True))
+
+    def targets(self, batch: Pair) -> int:
+        return int(batch.target_mask_BT.sum())
+
+    def tokens(self, batch: Pair) -> dict[str, int]:
+        return {"encoder": int(batch.source_mask_BS.sum()), "decoder": int(batch.target_mask_BT.sum())}
+
+    def loss(self, model: PreTrainedModel, batch: Pair) -> Tensor:
+        logits_BTV = model(
+            input_ids=batch.source_BS,
+            attention_mask=batch.source_mask_BS,
+            decoder_input_ids=batch.target_BT,
+            decoder_attention_mask=batch.target_mask_BT,
+            use_cache=False,
+        ).logits
+        return functional.cross_entropy(
+            logits_BTV[batch.target_mask_BT], batch.target_BT[batch.target_mask_BT], reduction="sum"
+        )
+
+
+def test_each_stack_has_its_own_share_of_the_real_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = (torch.tensor([9, 1, 2, 2]), torch.tensor([1, 6, 2, 7]))  # a micro-batch of much source has little target
+    tensors: list[Tensor] = []
+    for lengths_B in lengths:
+        size = (4, int(lengths_B.max()))
+        tensors += [torch.randint(3, 250, size, generator=generator), torch.arange(size[1]) < lengths_B[:, None]]
+    results = []
+    for micro in (4, 1):
+        model = tiny_model("t5", dropout_rate=0.0)
+        config = MoEConfig(
+            hidden_size=32, expert_size=16, num_experts=4, top_k=2, gated=False, activation="relu", z_loss=0.1
+        )
+        graft(model, dict.fromkeys(range(4), config))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for moe in moe_layers(model).values():
+                for parameter in moe.parameters():
+                    parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+        results.append(step_of(model.train(), Pair(*tensors), micro=micro, objective=Copying()))
+    assert results[0][0]["step_tokens"] == 14 + 16
+    assert results[0][0]["step_targets"] == 16
+    assert_same(*results, metrics=ADDITIVE)
 
 
 def test_padding_changes_no_gradient() -> None:
@@ -157,10 +239,10 @@ def test_the_loss_is_the_mean_over_targets_of_documents_alone() -> None:
             log_probabilities = model(ids).logits.log_softmax(dim=-1)
             total -= float(log_probabilities[0, :-1].gather(1, ids[0, 1:, None]).sum())
             targets += len(ids[0]) - 1
-        assert float(language_loss(model, rows.batch([0]), dtype="float32")) == pytest.approx(total, rel=1e-5)
-    loss, count = held_out_loss(model, rows, max_rows=0, micro_batch_size=4, dtype="float32")
+        assert float(OBJECTIVE.loss(model, rows.batch([0]))) == pytest.approx(total, rel=1e-5)
+    loss, count = held_out_loss(model, OBJECTIVE, rows, max_rows=0, micro_batch_size=4)
     assert (loss, count) == (pytest.approx(total / targets, rel=1e-5), targets)
-    assert held_out_loss(model, rows_of((20, 20), 8), max_rows=1, micro_batch_size=4, dtype="float32")[1] == 8
+    assert held_out_loss(model, OBJECTIVE, rows_of((20, 20), 8), max_rows=1, micro_batch_size=4)[1] == 8
 
 
 def test_clipping_scales_the_whole_gradient() -> None:
@@ -169,7 +251,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
         model = sparse_model(balance_loss=0.0, z_loss=0.0)
         recorder = Recorder(model)
         settings = TrainConfig(steps=1, batch_size=10, dtype="float32", clip_norm=clip)
-        results.append((train_step(model, recorder, batch, step=1, settings=settings), recorder.gradients))
+        results.append((step_with(model, recorder, batch, settings=settings), recorder.gradients))
     (free, gradients), (clipped, scaled) = results
     assert free["grad_norm"] == clipped["grad_norm"] > 0.1
     squares = sum(float(gradient.double().square().sum()) for gradient in scaled.values())
@@ -196,7 +278,7 @@ def test_routers_have_a_rate_of_their_own() -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.95), router_ratio=0.01)
     settings = TrainConfig(steps=4, batch_size=10, learning_rate=1e-3, dtype="float32")
-    train_step(model, optimizer, uneven_batch(), step=1, settings=settings)
+    step_with(model, optimizer, uneven_batch(), settings=settings)
     # AdamW's first step moves a coordinate by the learning rate, or less where its gradient is near epsilon.
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).abs().max().item()
@@ -213,7 +295,7 @@ def test_adamw_is_the_formula() -> None:
         lambda *_: gradients.update({n: p.grad.double().clone() for n, p in model.named_parameters()})
     )
     settings = TrainConfig(steps=4, batch_size=10, warmup_steps=2, learning_rate=2e-3, dtype="float32")
-    train_step(model, optimizer, uneven_batch(), step=1, settings=settings)
+    step_with(model, optimizer, uneven_batch(), settings=settings)
     for name, parameter in model.named_parameters():
         # The first step: both moments are unbiased estimates, g and g^2, so the update is the sign of g.
         decay = 1 - 1e-3 * (0.1 if parameter.dim() > 1 else 0.0)

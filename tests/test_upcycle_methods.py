@@ -14,22 +14,25 @@ from transformers import AutoModelForCausalLM
 
 from moewright import cli
 from moewright.backbone.blocks import moe_layers
-from moewright.backbone.load import load_model
+from moewright.backbone.load import fill, load_model
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.data.tokenizer import tokenise
 from moewright.errors import CheckpointError, DataError, ModelError, UsageError
 from moewright.family.table import family_of
-from moewright.train.config import load_run
 from moewright.train.loop import train
+from moewright.train.run_file import load_run
 from moewright.upcycle import observe as observe_module
-from moewright.upcycle.apply import upcycle_folder, upcycle_model
+from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
-from moewright.upcycle.neurons import complete
+from moewright.upcycle.measure import measure
+from moewright.upcycle.methods import expert_part
 from moewright.upcycle.observe import Wanted, observe, read_prompts
-from moewright.upcycle.plan import plan_upcycle
+from moewright.upcycle.plan import UpcyclePlan
+from moewright.upcycle.tensors import SparseTensors
 from tests.models import logits_of, relative, write_dense
 from tests.runs import make_run
+from tests.upcycling import complete
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 TEXT = "".join(f"def f{i}(a, b):\n    return a * {i} + b\n\n" for i in range(20))
@@ -142,6 +145,67 @@ def test_plain_transformers_loads_it(made, tmp_path, method):
     assert relative(logits_of(plain.eval(), IDS), logits_of(load_model(tmp_path / "moe"), IDS)) <= 1e-5
 
 
+# -- a part of a tensor --
+
+
+PARTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "one expert a tensor": ("llama", "mixtral", FINE | {"redraw": 0.5}),
+    "stacks of our own type": ("llama", "moewright", FINE | {"noise": 0.1, "shared_size": 32, "shared_mode": "gated"}),
+    "stacks of a twin": ("granite", "granitemoe", {"experts": 4, "top_k": 2, "permute": True}),
+    "stacked biases": ("m2m_100", "moewright", {"experts": 4, "top_k": 2, "neurons": "shuffled"}),
+    "siblings": ("llama", "moewright", OTHERS["siblings"]),
+}
+
+
+def planned(place: Path, case: str) -> tuple[UpcyclePlan, SparseTensors]:
+    _, wanted, settings = PARTS[case]
+    plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
+    return plan, SparseTensors(plan, measure(plan))
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_the_parts_of_a_tensor_are_the_whole(made, case):
+    plan, tensors = planned(made(PARTS[case][0]), case)
+    for slot in plan.format.slots(plan.model):
+        whole = tensors.read(slot)
+        assert torch.equal(torch.cat([piece.flatten() for piece in tensors.pieces(slot)]), whole.flatten())
+        for dim, size in enumerate(slot.shape):
+            parts = [slice(0, size // 2), slice(size // 2, size)]
+            halves = [tensors.read(slot, (slice(None),) * dim + (part,)) for part in parts]
+            assert torch.equal(torch.cat(halves, dim=dim), whole), (slot.name, dim)
+        if len(slot.shape) == 3:
+            assert torch.equal(tensors.read(slot, (slice(1, 3), slice(2, 5), slice(0, 7))), whole[1:3, 2:5, 0:7])
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_each_of_two_ranks_makes_its_own_experts_alone(made, monkeypatch, case):
+    place, numbers = made(PARTS[case][0]), []
+
+    def recorded(*args: Any, expert: int, **rest: Any) -> torch.Tensor:
+        numbers.append(expert)
+        return expert_part(*args, expert=expert, **rest)
+
+    monkeypatch.setattr("moewright.upcycle.tensors.expert_part", recorded)
+    plan, tensors = planned(place, case)
+    fill(plan.model, plan.format, tensors)
+    experts = plan.config.experts
+    assert set(numbers) >= set(range(experts))
+    for rank in (0, 1):
+        mine = range(rank * experts // 2, (rank + 1) * experts // 2)
+
+        def part_of(name: str, meta: torch.Tensor, mine: range = mine) -> tuple[slice, ...]:
+            first = slice(mine.start, mine.stop) if ".experts." in name else slice(None)
+            return (first, *(slice(None),) * (meta.dim() - 1))
+
+        numbers.clear()
+        here, tensors = planned(place, case)
+        fill(here.model, here.format, tensors, part_of=part_of)
+        assert {number for number in numbers if number >= 0} == set(mine)
+        whole = dict(plan.model.named_parameters())
+        for name, parameter in here.model.named_parameters():
+            assert torch.equal(parameter, whole[name][part_of(name, whole[name])]), name
+
+
 # -- what is in the tensors --
 
 
@@ -183,11 +247,11 @@ def rows_of(moe, expert: int, part: str) -> torch.Tensor:
 def test_experts_hold_the_neurons_of_the_table_and_their_factors(made, family, method):
     place = made(family)
     config = config_in(place, (EXACT | OTHERS)[method])
-    plan = plan_upcycle(place / "dense", config)
+    upcycling = upcycling_of(place / "dense", config)
     model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
     gated = family in ("llama", "phi3")
     for layer, moe in moe_layers(model).items():
-        table = plan.held(layer).routed_EF.tolist()
+        table = upcycling.tensors.held(layer).routed_EF.tolist()
         for j, row in enumerate(table):
             owner = "dense"
             if method == "siblings":  # two experts, one virtual group, of each
@@ -214,17 +278,17 @@ def test_experts_hold_the_neurons_of_the_table_and_their_factors(made, family, m
             if "down_bias" in dense:
                 assert torch.equal(rows_of(moe, j, "down_bias"), dense["down_bias"])
         if method not in ("split, important",):
-            assert complete(plan.held(layer).routed_EF, granularity=config.granularity, width=64)
+            assert complete(upcycling.tensors.held(layer).routed_EF, granularity=config.granularity, width=64)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_shared_expert_holds_the_most_important_neurons(made, family):
     place = made(family)
     config = config_in(place, EXACT["shared, gated, important"])
-    plan = plan_upcycle(place / "dense", config)
+    upcycling = upcycling_of(place / "dense", config)
     model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
     for layer, moe in moe_layers(model).items():
-        dense, score = dense_parts(place / "dense", layer), plan._observed.importance[layer]
+        dense, score = dense_parts(place / "dense", layer), upcycling.measured.importance[layer]
         best = sorted(sorted(range(64), key=lambda j: -score[j].item())[:32])
         first = moe.shared.get_submodule(moe.shared.first_name)
         if family == "llama":
@@ -237,7 +301,7 @@ def test_a_shared_expert_holds_the_most_important_neurons(made, family):
             assert not moe.experts.down_proj_bias.any()
         assert torch.equal(moe.shared.down_proj.weight, 2 * dense["down"][:, best])  # sigmoid(0) = 1/2
         assert not moe.shared.gate.weight.any()
-        assert sorted(best + plan.held(layer).routed_EF[:4].flatten().tolist()) == list(range(64))
+        assert sorted(best + upcycling.tensors.held(layer).routed_EF[:4].flatten().tolist()) == list(range(64))
 
 
 def test_new_shared_neurons_say_nothing_and_can_learn(made):
@@ -260,14 +324,14 @@ def test_a_split_gives_each_chosen_part_in_full(made, family, method):
     """Token by token from the dense block: its chosen experts' neurons, each as often as the weights say."""
     place = made(family)
     config = config_in(place, OTHERS[method])
-    plan = plan_upcycle(place / "dense", config)
+    upcycling = upcycling_of(place / "dense", config)
     model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
     act = {"llama": F.silu, "phi3": F.silu, "gpt_neox": F.gelu, "m2m_100": F.relu}[family]
     draws = torch.Generator().manual_seed(3)
     for layer, moe in moe_layers(model).items():
         dense = {part: tensor.double() for part, tensor in dense_parts(place / "dense", layer).items()}
-        table, x = plan.held(layer).routed_EF.tolist(), torch.randn(5, 32, generator=draws)
-        found, mean = moe(x).detach().double(), plan.weight_sums.get(layer, 1.0)
+        table, x = upcycling.tensors.held(layer).routed_EF.tolist(), torch.randn(5, 32, generator=draws)
+        found, mean = moe(x).detach().double(), upcycling.measured.weight_sums.get(layer, 1.0)
         for token, output in zip(x.double(), found, strict=True):
             up = dense["up"] @ token + dense.get("up_bias", 0.0)
             hidden = act(dense["gate"] @ token) * up if "gate" in dense else act(up)
@@ -367,11 +431,13 @@ def test_importance_and_activations_are_those_of_the_dense_model(made, family, m
 def test_calibration_of_centroids_is_on_the_tokens_that_made_them(made):
     place = made("llama")
     config = config_in(place, OTHERS["centroids, softmax first"])
-    plan = plan_upcycle(place / "dense", config)
-    for layer, x in plan._observed.inputs.items():
-        logits = x @ plan.router(layer).T
+    upcycling = upcycling_of(place / "dense", config)
+    text = tokenise(place / "dense", [place / "text.txt"], vocabulary=264)
+    seen = observe(load_model(place / "dense"), range(2), text, wanted=Wanted(inputs=True, seed=config.seed))
+    for layer, x in seen.inputs.items():
+        logits = x @ upcycling.tensors.router(layer).T
         sums = logits.softmax(dim=1).topk(4).values.sum(dim=1)
-        assert plan.weight_sums[layer] == pytest.approx(sums.mean().item(), rel=1e-5)
+        assert upcycling.measured.weight_sums[layer] == pytest.approx(sums.mean().item(), rel=1e-5)
         groups = logits[:, ::4]
         assert groups.var(dim=1).mean().sqrt().item() == pytest.approx(0.05, rel=1e-3)
 
@@ -379,7 +445,7 @@ def test_calibration_of_centroids_is_on_the_tokens_that_made_them(made):
 def test_prompts_bring_tokens_like_theirs_to_their_group(made):
     place = made("llama")
     config = config_in(place, EXACT["prompts"] | {"router_logit_std": 0.7})
-    plan = plan_upcycle(place / "dense", config)
+    upcycling = upcycling_of(place / "dense", config)
     model = load_model(place / "dense")
     inputs: dict[int, torch.Tensor] = {}
     for layer, block in enumerate(model.model.layers):
@@ -394,7 +460,7 @@ def test_prompts_bring_tokens_like_theirs_to_their_group(made):
         for layer, found in states.items():
             means[layer].append(torch.stack(found).mean(dim=0))
     for layer in (0, 1):
-        router = plan.router(layer)
+        router = upcycling.tensors.router(layer)
         for group in (0, 1):
             assert (router[::4] @ means[layer][group]).argmax() == group
 
@@ -471,7 +537,7 @@ def test_a_run_file_has_every_setting(made, tmp_path):
     (tmp_path / "run.toml").write_text(head + "[upcycle]\n" + "\n".join(lines))
     config = load_run(tmp_path / "run.toml").upcycle
     assert config == UpcycleConfig(**settings | {"siblings": ("sibling",)})
-    with pytest.raises(UsageError, match=r"upcycle\.neurons = \"best\": choose one of contiguous, shuffled"):
+    with pytest.raises(UsageError, match=r"--upcycle\.neurons best: choose one of contiguous"):
         load_run(tmp_path / "run.toml", ["--upcycle.neurons", "best"])
     run = make_run(tmp_path / "run", upcycle=config_in(place, settings), steps=2)
     train(run)
@@ -554,20 +620,20 @@ def test_senseless_methods_are_refused(changes, words):
         ({"prompts": "prompts.json"}, "prompts=.* is ignored: router_start is normal"),
         ({"shared_mode": "gated"}, "shared_mode=gated is ignored: shared_size is 0"),
         ({"shared_neurons": "new"}, "shared_neurons=new is ignored: shared_size is 0"),
-        ({"calibration_text": "text.txt"}, "calibration text is ignored: scale=exact"),
+        ({"calibration_text": "text.txt"}, "calibration_text is ignored: scale=exact"),
     ],
 )
 def test_ignored_settings_are_named(made, changes, words):
     place = made("llama")
     with pytest.warns(UserWarning, match=words):
-        plan = plan_upcycle(place / "dense", config_in(place, {"experts": 4, "top_k": 2} | changes))
-    assert {moe.shared_size for moe in plan.layers.values()} == {0}
+        upcycling = upcycling_of(place / "dense", config_in(place, {"experts": 4, "top_k": 2} | changes))
+    assert {moe.shared_size for moe in upcycling.plan.layers.values()} == {0}
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (HALF | {"neurons": "important"}, "neurons=important is measured on text: give a calibration text"),
+        (HALF | {"neurons": "important"}, "neurons=important is measured on text: give a calibration_text"),
         (SHARED | {"shared_neurons": "important"}, "shared_neurons=important is measured on text"),
         (FINE | {"router_start": "centroids"}, "router_start=centroids is measured on text"),
         (FINE | {"shared_size": 64}, "shared_size=64: a shared expert carved from a width of 64 takes 1 to 63"),
@@ -584,15 +650,14 @@ def test_what_the_model_does_not_fit_is_refused(made, tmp_path, settings, words)
 
 def test_text_that_holds_too_little_is_refused(made):
     place = made("llama")
-    config = UpcycleConfig(**HALF, neurons="important")
-    for texts, words in (([IDS[0, :0]], "no token"), ([IDS[0, :1]], "no two tokens in a row")):
+    split, centroids = HALF | {"neurons": "important"}, FINE | {"router_start": "centroids"}
+    for settings, ids, words in (
+        (split, IDS[0, :0], "no token"),
+        (split, IDS[0, :1], "no two tokens in a row"),
+        (centroids, IDS[0, :1], "too few tokens to find 2 clusters"),
+    ):
         with pytest.raises(DataError, match=words):
-            plan_upcycle(place / "dense", config, calibration_texts=texts)
-    plan = plan_upcycle(
-        place / "dense", UpcycleConfig(**FINE, router_start="centroids"), calibration_texts=[IDS[0, :1]]
-    )
-    with pytest.raises(DataError, match="too few tokens to find 2 clusters"):
-        plan.router(0)
+            upcycling_of(place / "dense", UpcycleConfig(**settings), calibration_texts=[ids])
 
 
 @pytest.mark.parametrize(
@@ -648,8 +713,8 @@ def test_the_text_of_a_calibration_may_be_ids_or_a_file(made):
     place = made("llama")
     config = config_in(place, FINE | {"router_order": "softmax-topk", "calibration_text": "text.txt"})
     ids = tokenise(place / "dense", [place / "text.txt"], vocabulary=264)
-    from_file = plan_upcycle(place / "dense", config).weight_sums
-    assert from_file == plan_upcycle(place / "dense", config, calibration_texts=ids).weight_sums
+    from_file = upcycling_of(place / "dense", config).measured.weight_sums
+    assert from_file == upcycling_of(place / "dense", config, calibration_texts=ids).measured.weight_sums
     assert len(from_file) == 2
 
 
@@ -658,11 +723,11 @@ def test_a_plan_that_is_let_go_takes_its_model_along(made):
     import weakref
 
     place = made("llama")
-    plan = plan_upcycle(place / "dense", UpcycleConfig(**FINE))
-    model = weakref.ref(plan.model)
+    upcycling = upcycling_of(place / "dense", UpcycleConfig(**FINE))
+    model = weakref.ref(upcycling.model)
     gc.disable()
     try:
-        del plan
+        del upcycling
         assert model() is None  # no cycle keeps it until Python next looks for one
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""Hashes that are computed while other things are done."""
+"""Hashes computed beside other work."""
 
 import contextlib
 import threading
@@ -15,22 +15,22 @@ class HashesAhead:
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._found: dict[Path, tuple[object, FileRecord]] = {}
+        self._records: dict[Path, tuple[object, FileRecord]] = {}
         self._thread = threading.Thread(target=self._work, args=(list(files),), daemon=True)
         self._thread.start()
 
     def _work(self, files: list[Path]) -> None:
         for file in files:
-            with contextlib.suppress(OSError):  # it will come again, and in the caller's thread
+            with contextlib.suppress(OSError):  # `record_of` will meet it again, in the caller's thread
                 if file.is_file():
                     state = _state(file)
-                    self._found[file] = state, record_of(file)
+                    self._records[file] = state, record_of(file)
 
     def record_of(self, file: Path) -> FileRecord:
-        """Length and hash of a file, computed now if it was not, or if it has changed. OSError as the system's."""
+        """Length and hash of a file, computed now if it has changed, or was not there before."""
         self._thread.join()
-        if file in self._found and self._found[file][0] == _state(file):
-            return self._found[file][1]
+        if file in self._records and self._records[file][0] == _state(file):
+            return self._records[file][1]
         return record_of(file)
 
 
@@ -40,5 +40,5 @@ def hash_ahead(folder: Path) -> HashesAhead:
 
 
 def _state(file: Path) -> object:
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

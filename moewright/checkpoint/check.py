@@ -1,4 +1,4 @@
-"""Whether files still hold what was written."""
+"""The comparison of files with the records made when they were written."""
 
 import hashlib
 import os
@@ -13,15 +13,12 @@ from moewright.checkpoint.tensorfile import read_header
 from moewright.checkpoint.tree import leaf_sizes, root
 from moewright.errors import ModelError
 
-RUN: Final = 64
+LEAVES_A_TASK: Final = 64
 """Leaves that a thread hashes in one go: a file may have a great many small ones."""
 
 
 def difference(path: Path, expected: FileRecord) -> str | None:
-    """What is wrong with the file at ``path``, in words, or None if it holds what ``expected`` says.
-
-    OSError as the system raises it.
-    """
+    """How a file differs from its record, in words; None if it does not. OSError as the system raises it."""
     if not path.is_file():
         return f"{path.name} is missing"
     size = path.stat().st_size
@@ -46,22 +43,22 @@ def tree_hash(path: Path) -> str:
     first = min((info.start for info in infos), default=path.stat().st_size)
     sizes = [first, *(size for info in infos for size in leaf_sizes(info.shape, info.dtype.itemsize))]
     leaves = list(zip(accumulate(sizes, initial=0), sizes, strict=False))
-    runs = [leaves[at : at + RUN] for at in range(0, len(leaves), RUN)]
+    tasks = [leaves[at : at + LEAVES_A_TASK] for at in range(0, len(leaves), LEAVES_A_TASK)]
 
-    def hashed(run: list[tuple[int, int]]) -> list[bytes]:
+    def hashed(task: list[tuple[int, int]]) -> list[bytes]:
         with path.open("rb") as file:
-            return [_leaf(file, start, size) for start, size in run]
+            return [_leaf(file, start, size) for start, size in task]
 
-    # Not all that the machine has: a job may have been given few of them.
+    # The cores of this process, which a job may have been given few of.
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     with ThreadPoolExecutor(cores) as threads:
-        return root(leaf for found in threads.map(hashed, runs) for leaf in found)
+        return root(leaf for hashes in threads.map(hashed, tasks) for leaf in hashes)
 
 
 def _leaf(file: BinaryIO, start: int, size: int) -> bytes:
     file.seek(start)
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     while size and (chunk := file.read(min(LARGE_BYTES, size))):
-        found.update(chunk)
+        sha256.update(chunk)
         size -= len(chunk)
-    return found.digest()
+    return sha256.digest()

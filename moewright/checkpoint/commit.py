@@ -47,13 +47,15 @@ class NewFolder:
     check: Callable[[], None] = lambda: None
     """Called once remains are put right: may refuse what is in place by an error of its own."""
     records: dict[str, FileRecord] = field(default_factory=dict)
+    locked: bool = field(init=False)
+    """False on a file system without locks: there, two writers do not notice each other."""
 
     _committed = _moving = False
 
     def __enter__(self) -> Self:
         self._new_parents = [folder for folder in self.home.parents if not folder.exists()]
         self.home.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = self._make_and_lock()
+        self._lock, self.locked = self._make_and_lock()
         try:
             self._mend()
             self.check()
@@ -95,8 +97,8 @@ class NewFolder:
             sync(self.home.parent)
             remove(self.aside)
 
-    def _make_and_lock(self) -> int:
-        """Make the temporary folder, or take over one whose writer is dead; returns the locked descriptor."""
+    def _make_and_lock(self) -> tuple[int, bool]:
+        """Make the temporary folder, or take over one whose writer is dead; then as `lock_folder`."""
         while True:
             made = True
             try:
@@ -109,17 +111,13 @@ class NewFolder:
                 continue  # its owner has just finished with it
             except BlockingIOError as error:
                 raise ModelError(f"{self.target}: another process is writing it; wait for it or stop it") from error
-            if not locked:
-                if not made:
-                    os.close(descriptor)
-                    raise ModelError(
-                        f"{self.path}: left by another process, and this file system has no locks to tell whether it "
-                        "still runs; remove the folder if it does not"
-                    )
-                warnings.warn(
-                    f"{self.target}: no locks on this file system; let no other process write it", stacklevel=4
+            if not locked and not made:
+                os.close(descriptor)
+                raise ModelError(
+                    f"{self.path}: left by another process, and this file system has no locks to tell whether it "
+                    "still runs; remove the folder if it does not"
                 )
-            return descriptor
+            return descriptor, locked
 
     def _mend(self) -> None:
         """Finish or undo a commit that was interrupted between its renames."""

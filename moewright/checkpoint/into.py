@@ -1,4 +1,4 @@
-"""Moving a new payload into a folder that holds other things, too: all of them stay, and no half payload is seen."""
+"""Moving a payload into a folder that also holds other files: these stay, and nobody sees half a payload."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

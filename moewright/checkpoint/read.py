@@ -157,21 +157,19 @@ class ModelFolder:
         for name, record in records.items():
             with reading(self.path):
                 there = os.path.lexists(self.path / name)
-                what = difference(file_inside(self.path, name) if there else self.path / name, record)
-            if what is not None:
-                raise ModelError(f"{self.path}: {what}; write the folder again, or delete {RECORD} if that was you")
+                fault = difference(file_inside(self.path, name) if there else self.path / name, record)
+            if fault is not None:
+                raise ModelError(f"{self.path}: {fault}; write the folder again, or delete {RECORD} if that was you")
 
     def _weight_files(self) -> set[Path]:
         return {info.file for info in self.tensors.values()}
 
 
 def _require_content(path: Path) -> None:
+    old = path.parent / interrupted_name(path.name)
+    if not path.exists() and old.is_dir():
+        raise ModelError(f"{path}: an overwrite was interrupted, the model is in {old}; rename it back or write again")
     if not path.exists():
-        old = path.parent / interrupted_name(path.name)
-        if old.is_dir():
-            raise ModelError(
-                f"{path}: an overwrite was interrupted, the model is in {old}; rename it back or write again"
-            )
         raise ModelError(f"{path}: no such folder; a folder with {CONFIG} and *.safetensors is needed")
     if not path.is_dir():
         raise ModelError(f"{path}: not a folder; a folder with {CONFIG} and *.safetensors is needed")

@@ -1,8 +1,8 @@
 """Training state: saved by the commit protocol, verified to the last byte before it is used.
 
 A state is a folder ``step-00000010`` with ``tensors.safetensors``, ``facts.json`` and, written last, the marker
-``COMMITTED.json`` with the size and SHA-256 of the other two. It is prepared as ``step-00000010.tmp-<uuid>``, which
-no reader looks at. No part of it is a pickle.
+``COMMITTED.json`` with the size and SHA-256 of the other two. It is prepared as ``step-00000010.tmp-<uuid>``, which no
+reader opens. No part of it is a pickle.
 """
 
 import re
@@ -98,17 +98,14 @@ def newest_state(root: Path) -> tuple[Path | None, list[str]]:
     for path in states:
         try:
             for name, record in _read_marker(path).items():
-                what = difference(path / name, record)
-                if what is not None:
-                    raise CheckpointError(what)
+                if fault := difference(path / name, record):
+                    raise CheckpointError(fault)
         except (CheckpointError, OSError) as error:
             reasons.append(f"{path.name}: {error}")
         else:
             return path, reasons
     if states:
-        raise CheckpointError(
-            f"{root}: no state verifies ({'; '.join(reasons)}); restore one, or begin in a new folder"
-        )
+        raise CheckpointError(f"{root}: no state verifies ({'; '.join(reasons)}); restore one, or choose a new folder")
     return None, reasons
 
 

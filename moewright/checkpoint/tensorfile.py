@@ -1,8 +1,8 @@
 """The safetensors format: headers checked before use, one tensor read at a time, files written as a stream.
 
 A file is: the header's length (8 bytes, little-endian), the header (JSON: name -> dtype, shape, data_offsets),
-the tensors' bytes without gaps. The ``safetensors`` library reads it, but writes only from tensors that are all in
-memory at once, and takes whatever a header claims to the operating system; hence these few functions of our own.
+the tensors' bytes without gaps. The ``safetensors`` library reads it, but writes only tensors that are all in memory
+at once, and asks the operating system for whatever a header claims; hence these few functions of our own.
 """
 
 import contextlib
@@ -175,7 +175,7 @@ def _stretches(info: TensorInfo, dims: Sequence[range]) -> Iterator[tuple[int, i
 
 
 def _memory(size: int) -> Tensor:
-    """Bytes that go back to the system when they are dropped: malloc would keep blocks of many megabytes."""
+    """Memory that goes back to the system when it is dropped: malloc would keep blocks of many megabytes."""
     if size < LARGE_BYTES:
         return torch.empty(size, dtype=torch.uint8)
     try:

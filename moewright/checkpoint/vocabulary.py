@@ -1,4 +1,4 @@
-"""How many tokens a folder's tokenizer has, from its files alone and without the library that runs it."""
+"""The number of tokens of a folder's tokenizer, from its files alone and without the library that runs it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 from moewright.checkpoint.untrusted import file_inside, read_json
 
 TOKENIZER = "tokenizer.json"
-PLAIN = ("vocab.json", "added_tokens.json")
-"""Older files, which map tokens to ids and nothing else; ``tokenizer.json`` counts where both are there."""
+OLDER = ("vocab.json", "added_tokens.json")
+"""Tables of tokens and their ids; where there is a ``tokenizer.json``, it alone counts."""
 
 
 def token_count(folder: Path) -> int:
-    """One more than the largest id of a token; 0 where none of the files that say so is there.
+    """One more than the largest id of a token; 0 without any of these files.
 
     ModelError if one of them is not a JSON object.
     """
-    names = [name for name in (TOKENIZER, *PLAIN) if (folder / name).exists()]
+    names = [name for name in (TOKENIZER, *OLDER) if (folder / name).exists()]
     ids: list[int] = []
     for name in names[:1] if TOKENIZER in names else names:
         content = read_json(file_inside(folder, name))

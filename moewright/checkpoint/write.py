@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
@@ -65,7 +66,7 @@ class FolderWriter:
             target=self.target,
             replace=overwrite,
             into=Move(self.path, home, RECORD, CONFIG, _is_weight_file) if into else None,
-            check=self._refuse_existing,
+            check=self._check,
         )
         for source in sources:
             if overlap(home, source):
@@ -136,11 +137,9 @@ class FolderWriter:
         names = [name for name in COMPANIONS if os.path.lexists(source / name)]
         for name in names:
             file = file_inside(source, name)
+            copy = _copy_tokenizer_config if name == TOKENIZER_CONFIG else copy_file
             with writing(self.target):
-                if name == TOKENIZER_CONFIG:
-                    self._new.records[name] = _copy_tokenizer_config(file, self.path / name)
-                else:
-                    self._new.records[name] = copy_file(file, self.path / name)
+                self._new.records[name] = copy(file, self.path / name)
         return names
 
     def commit(self, record: Mapping[str, Any]) -> Path:
@@ -153,6 +152,11 @@ class FolderWriter:
         with writing(self.target):
             self._new.commit(record)
         return self.target
+
+    def _check(self) -> None:
+        if not self._new.locked:
+            warnings.warn(f"{self.target}: no locks on this file system; let no other process write it", stacklevel=4)
+        self._refuse_existing()
 
     def _refuse_existing(self) -> None:
         home = self._new.home

@@ -29,10 +29,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.files:
-            raise UsageError("data.files is empty: name at least one file or pattern")
+            raise UsageError("files=[]: name at least one file or pattern")
         if self.sequence_length < 2:
-            raise UsageError(f"data.sequence_length = {self.sequence_length}: it must be at least 2")
+            raise UsageError(f"sequence_length={self.sequence_length}: it must be at least 2")
         if not 0.0 <= self.eval_fraction < 1.0:
-            raise UsageError(f"data.eval_fraction = {self.eval_fraction}: it must be 0 or more and less than 1")
+            raise UsageError(f"eval_fraction={self.eval_fraction}: it must be 0 or more and less than 1")
         if self.eval_rows < 0:
-            raise UsageError(f"data.eval_rows = {self.eval_rows}: it must be 0 (all) or more")
+            raise UsageError(f"eval_rows={self.eval_rows}: it must be 0 (all) or more")

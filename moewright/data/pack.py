@@ -6,7 +6,7 @@ The documents stand one after the other in a seeded order, each closed by the en
 the tokens [r S, r S + S) and predicts the tokens one further, so each token is predicted at most once.
 A document that is cut at the end of a row goes on in the next row as if it began there.
 
-What isolates documents is `position_ids` that restart at 0: given neither an attention mask nor a
+`position_ids` that restart at 0 isolate documents: given neither an attention mask nor a
 cache, transformers builds the block-diagonal mask from them. With `use_cache=True` it does not,
 and documents leak into each other without a word.
 """
@@ -85,7 +85,7 @@ class PackedRows:
         tokens: (N,) int32, the documents one after the other, each with its end token; may be memory-mapped.
         lengths: (documents,) int64, tokens of each document, at least 2 each; they add up to N.
         sequence_length: S, at least 2.
-        end_token: what stands in padded places.
+        end_token: the token in padded places.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ def pack(
 
 
 def shuffled(count: int, *, purpose: Purpose, seed: int, epoch: int = 0) -> NDArray[np.int64]:
-    """The numbers 0 to `count` - 1 in an order that `seed`, `epoch` and what it is for determine together."""
+    """The numbers 0 to `count` - 1 in an order that `seed`, `epoch` and `purpose` determine together."""
     return np.random.default_rng([get_args(Purpose).index(purpose) + 1, seed, epoch]).permutation(count)
 
 

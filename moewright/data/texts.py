@@ -20,7 +20,7 @@ def expand(files: Sequence[str]) -> list[Path]:
 
     Raises DataError for a pattern or a path that names no file.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for pattern in files:
         if Path(pattern).is_dir():
             raise DataError(f"{pattern} is a folder: name its files, for example {Path(pattern) / '**' / '*.txt'}")
@@ -29,10 +29,10 @@ def expand(files: Sequence[str]) -> list[Path]:
         named = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         matches = [Path(name) for name in named if Path(name).is_file()]
         if not matches:
-            what = "the pattern matches no file" if glob.has_magic(pattern) else "there is no such file"
-            raise DataError(f"{pattern}: {what}")
-        found |= dict.fromkeys(matches)
-    return list(found)
+            reason = "the pattern matches no file" if glob.has_magic(pattern) else "there is no such file"
+            raise DataError(f"{pattern}: {reason}")
+        paths |= dict.fromkeys(matches)
+    return list(paths)
 
 
 def digest(files: Sequence[str]) -> str:
@@ -110,8 +110,8 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
 
 def _text(value: object, where: str, field: str) -> str:
     if not isinstance(value, str):
-        found = "null" if value is None else type(value).__name__
-        raise DataError(f"{where}: field {field!r} is {found}, where text is expected")
+        kind = "null" if value is None else type(value).__name__
+        raise DataError(f"{where}: field {field!r} is {kind}, where text is expected")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can say \ud800 alone, which UTF-8 cannot hold

@@ -1,4 +1,4 @@
-"""The tokenizer that a model folder carries, and what it makes of text files."""
+"""The tokenizer of a model folder, and the token ids of text files."""
 
 from collections.abc import Sequence
 from pathlib import Path

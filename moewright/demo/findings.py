@@ -1,4 +1,4 @@
-"""How much the story does, and what it finds."""
+"""The sizes of the story, and its findings."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,20 +24,20 @@ class Sizes:
     router_learning_rate_ratio: float = 0.01
     """Of the mixture; at the full rate a few steps part the virtual groups before the experts have learnt anything."""
     training_seconds: float = 330.0
-    """What the two training runs may take together, by the measured rates."""
+    """Limit of both training runs together, by the measured rates."""
     new_tokens: int = 48
     seed: int = 0
 
 
 @dataclass
 class Findings:
-    """What the steps measured."""
+    """The measurements of all steps."""
 
     sizes: Sizes
     split: Split
     steps: int
     prompt: str
-    """What the sample continues."""
+    """The text that the sample continues."""
     sized: str
     """How many steps were chosen, and why."""
     start: dict[str, Any]
@@ -47,7 +47,7 @@ class Findings:
     gap: tuple[float, float] = (0.0, 0.0)
     """Loss of the trained mixture less that of the trained dense model, in nats a token, and its standard error."""
     proof: dict[str, Any] = field(default_factory=dict)
-    """What plain transformers made of the result."""
+    """The result, as plain transformers loads it."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = field(default_factory=dict)
     """By run (dense, moe): (step, loss) in training and on held-out text."""
     load: dict[int, list[float]] = field(default_factory=dict)

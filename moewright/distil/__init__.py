@@ -1,1 +1,1 @@
-"""What a sparse model learns from a dense one."""
+"""Distillation: a sparse model learns from a dense one."""

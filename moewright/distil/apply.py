@@ -1,18 +1,18 @@
 """Layer-wise distillation: MoE blocks trained one by one to do what dense blocks do, then a top-k for each.
 
-The idea is LaDiMo's (arXiv 2408.04278), of which we know the abstract and accounts by others: what is here where those
-say nothing (the loss's normaliser, the optimiser, how a top-k is chosen) is ours. `docs/distillation.md` says which.
+The idea is LaDiMo's (arXiv 2408.04278), of which we know the abstract and accounts by others. Where these say nothing
+(the loss's normaliser, the optimiser, the choice of a top-k) the solution is ours; `docs/distillation.md` says where.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import moe_layers
@@ -25,13 +25,12 @@ from moewright.backbone.skeleton import embedding_of, longest_text
 from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
-from moewright.data.documents import read_documents
-from moewright.data.pack import PackedRows, pack
-from moewright.data.texts import digest, expand
-from moewright.data.tokenizer import load_tokenizer
+from moewright.data.texts import digest
 from moewright.distil.config import DistilConfig
-from moewright.distil.layerwise import Rows, distil_layers
-from moewright.errors import DataError, ModelError, UsageError
+from moewright.distil.layerwise import distil_layers
+from moewright.distil.rows import Rows, read_rows
+from moewright.distil.teacher import Teacher
+from moewright.errors import ModelError, UsageError
 from moewright.evaluate.compare import Reference
 from moewright.family.table import family_of
 from moewright.upcycle.siblings import HARMLESS
@@ -48,15 +47,15 @@ def distil_folder(
     text: Sequence[str],
     verify_text: Sequence[str] = (),
     overwrite: bool = False,
-    track: Track | None = None,
+    track: Track = lambda total: lambda tokens: None,
 ) -> dict[str, Any]:
     """Distil `dense` into `sparse`, which was upcycled from it, and write the result; atomic.
 
-    `text` names what is learned from, `verify_text` what errors are measured on, both as paths or patterns; without
-    the latter it is the end of the former, once its documents stand in a seeded order. `track(total)` is called once
-    with the tokens that the dense model will read, and returns what is called with each advance.
+    `text` names the files to learn from, `verify_text` those to measure errors on, as paths or patterns; without the
+    latter the end of the former is measured on, once its documents stand in a seeded order. `track(total)` is called
+    once with the number of tokens that the dense model will read, and returns a function to call with each advance.
 
-    Returns what `moewright.json` says under `distil`, and the `target`. Both models are held in memory in float32, and
+    Returns the entry `distil` of `moewright.json`, and the `target`. Both models are held in memory in float32, and
     for each layer that is trained its gradient and two moments. The same call gives the same bytes on one machine with
     one number of threads. A call that is interrupted leaves nothing, and starts anew: nothing is resumed.
 
@@ -67,23 +66,29 @@ def distil_folder(
     device = device_of(config.device, name="device")
     folders = ModelFolder(dense), ModelFolder(sparse)
     with FolderWriter(target, overwrite=overwrite, sources=[dense, sparse]) as writer:
-        # What would be refused after hours of training is refused now.
+        # Refused now rather than after hours of training.
         require_space(writer.path, sum(info.end - info.start for info in folders[1].tensors.values()))
-    teacher, student = _load_pair(*folders)
-    if config.sequence_length > longest_text(teacher):
-        raise UsageError(f"sequence_length={config.sequence_length}: the model has {longest_text(teacher)} positions")
+    original, student = _load_pair(*folders)
+    if config.sequence_length > longest_text(original):
+        raise UsageError(f"sequence_length={config.sequence_length}: the model has {longest_text(original)} positions")
     record: dict[str, Any] = {"settings": asdict(config), "steps": config.steps}
     with tempfile.TemporaryDirectory() as cache:
-        learned, held_out = _read_rows(dense, teacher, config, text=text, verify_text=verify_text, cache=Path(cache))
-        record["text"] = _text_facts(learned, held_out, config, given=bool(verify_text))
-        record["sha256"] = _digests(*folders, text=text, verify_text=verify_text)
+        vocabulary, texts = embedding_of(original).shape[0], {"text": text, "verify_text": verify_text}
+        learned, held_out = read_rows(dense, config, vocabulary=vocabulary, **texts, cache_dir=Path(cache))
+        record["text"] = {
+            "tokens": learned.tokens,
+            "read": config.steps * config.batch_size / len(learned.numbers),
+            "held_out": "verify_text" if verify_text else "the end of text",
+            "held_out_tokens": held_out.tokens,
+        }
+        record["sha256"] = _digests(dense=folders[0], sparse=folders[1], **texts)
         before, dtype = parameter_counts(student), folder_dtype(folders[1])
-        on_tokens = None if track is None else track(_tokens_to_read(student, config, held_out))
-        nn.Module.to(teacher, device)
-        record["layers"] = distil_layers(teacher, student, learned, held_out, config, dtype=dtype, on_tokens=on_tokens)
-        nn.Module.to(teacher, "cpu")
-        record["comparison"] = _compare(teacher, student, held_out)
-    record["parameters"] = _parameters(teacher, student, active_before=before.active)
+        nn.Module.to(original, device)
+        teacher = Teacher(original, on_tokens=track(_tokens_to_read(student, config, held_out)))
+        record["layers"] = distil_layers(teacher, student, learned, held_out, config, dtype=dtype)
+        nn.Module.to(original, "cpu")
+        record["comparison"] = _compare(original, student, held_out)
+    record["parameters"] = _parameters(original, student, active_before=before.active)
     record["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     nn.Module.to(student, dtype)  # exact: each value was rounded to it before it was measured
     kept = {name: value for name, value in (folders[1].record or {}).items() if name == "upcycle"}
@@ -95,21 +100,22 @@ def _load_pair(dense: ModelFolder, sparse: ModelFolder) -> tuple[PreTrainedModel
     """Both models in float32, the dense one frozen; `ModelError` unless they are one model but for the MoE blocks."""
     for folder, wanted in ((dense, False), (sparse, True)):
         if is_sparse(folder.config) != wanted:
-            found = "a dense model" if wanted else "a mixture of experts"
+            kind = "a dense model" if wanted else "a mixture of experts"
             raise ModelError(
-                f"{folder.path} is {found} ({folder.config['model_type']}); give the dense model first, then the "
+                f"{folder.path} is {kind} ({folder.config['model_type']}); give the dense model first, then the "
                 "folder that was upcycled from it"
             )
     teacher = load_model(dense.path, dtype=torch.float32).requires_grad_(False)
     if teacher.config.is_encoder_decoder:
         raise ModelError(
             f"{dense.path}: distillation of an encoder-decoder ({teacher.config.model_type}) is not supported: its "
-            "blocks are to see what they see in use, pairs of source and target, and only plain text is read here"
+            "blocks must see pairs of source and target, as they do in use, and only plain text is read here"
         )
     student = load_model(sparse.path, dtype=torch.float32)
-    if what := _difference(teacher, student, dtype=folder_dtype(sparse)):
+    if difference := _difference(teacher, student, dtype=folder_dtype(sparse)):
         raise ModelError(
-            f"{sparse.path} was not upcycled from {dense.path}, or was trained since: {what}; upcycle {dense.path} anew"
+            f"{sparse.path} was not upcycled from {dense.path}, or was trained since: {difference}; "
+            f"upcycle {dense.path} anew"
         )
     return teacher, student
 
@@ -117,13 +123,13 @@ def _load_pair(dense: ModelFolder, sparse: ModelFolder) -> tuple[PreTrainedModel
 def _difference(dense: PreTrainedModel, sparse: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
     """The first thing in which the models differ outside the MoE blocks, the dense one's weights rounded to `dtype`.
 
-    It is what their hidden states depend on: where it differs, the blocks would learn from inputs that they never see.
+    Their hidden states depend on all of it: where it differs, blocks would learn from inputs that they never see.
     """
     # The width of a feed-forward block is not the backbone's: layouts without dense layers have the experts' there.
     free = HARMLESS | {stack.size for stack in family_of(dense.config).stacks}
     a, b = ({k: v for k, v in model.config.to_dict().items() if k not in free} for model in (dense, sparse))
     for key in sorted(a.keys() & b.keys()):
-        if a[key] != b[key] and None not in (a[key], b[key]):  # None: what follows from other fields
+        if a[key] != b[key] and None not in (a[key], b[key]):  # None: it follows from other fields
             return f"{key} is {b[key]!r}, not {a[key]!r}"
     inside = {id(parameter) for moe in moe_layers(sparse).values() for parameter in moe.parameters()}
     for name, parameter in sparse.named_parameters():
@@ -137,55 +143,6 @@ def _difference(dense: PreTrainedModel, sparse: PreTrainedModel, *, dtype: torch
     return None
 
 
-def _read_rows(
-    folder: Path,
-    dense: PreTrainedModel,
-    config: DistilConfig,
-    *,
-    text: Sequence[str],
-    verify_text: Sequence[str],
-    cache: Path,
-) -> tuple[Rows, Rows]:
-    """The rows to learn from, and those that are held out."""
-    if verify_text and (twice := {p.resolve() for p in expand(text)} & {p.resolve() for p in expand(verify_text)}):
-        raise UsageError(f"{min(twice)} is to be learned from and to be measured on: hold out another text")
-    tokenizer = load_tokenizer(folder, vocabulary=embedding_of(dense).shape[0])
-
-    def packed(files: Sequence[str]) -> PackedRows:
-        documents = read_documents(files, cache_dir=cache)
-        return pack(documents, tokenizer, sequence_length=config.sequence_length, seed=config.seed, cache_dir=cache)
-
-    rows, wanted = packed(text), -(-config.held_out_tokens // config.sequence_length)
-    if verify_text:
-        other = packed(verify_text)
-        learned, held_out = Rows(rows, range(len(rows))), Rows(other, range(min(wanted, len(other))))
-    else:
-        last = max(0, len(rows) - wanted)
-        learned, held_out = Rows(rows, range(last)), Rows(rows, range(last, len(rows)))
-    if len(learned.numbers) < config.batch_size:
-        needed = (config.batch_size + (0 if verify_text else wanted)) * config.sequence_length
-        raise DataError(
-            f"the text has {len(rows.tokens)} tokens, where a batch{'' if verify_text else ' and what is held out'} "
-            f"take {needed}: give more text, or a smaller batch_size, sequence_length or held_out_tokens"
-        )
-    return learned, held_out
-
-
-def _text_facts(learned: Rows, held_out: Rows, config: DistilConfig, *, given: bool) -> dict[str, Any]:
-    tokens = _real_tokens(learned)
-    return {
-        "tokens": tokens,
-        "read": config.steps * config.batch_size / len(learned.numbers),
-        "held_out": "verify_text" if given else "the end of text",
-        "held_out_tokens": _real_tokens(held_out),
-    }
-
-
-def _real_tokens(rows: Rows) -> int:
-    S = rows.packed.sequence_length
-    return min(rows.numbers.stop * S, len(rows.packed.tokens)) - rows.numbers.start * S
-
-
 def _tokens_to_read(sparse: PreTrainedModel, config: DistilConfig, held_out: Rows) -> int:
     passes = -(-len(moe_layers(sparse)) // config.layers_at_once)
     measured = 2 * len(held_out.numbers) * config.sequence_length
@@ -193,11 +150,11 @@ def _tokens_to_read(sparse: PreTrainedModel, config: DistilConfig, held_out: Row
 
 
 def _digests(
-    dense: ModelFolder, sparse: ModelFolder, *, text: Sequence[str], verify_text: Sequence[str]
+    *, dense: ModelFolder, sparse: ModelFolder, text: Sequence[str], verify_text: Sequence[str]
 ) -> dict[str, str]:
-    """SHA-256 of all that the result depends on, by what it is."""
-    found = {"dense": dense.fingerprint(), "sparse": sparse.fingerprint(), "text": digest(text)}
-    return found | ({"verify_text": digest(verify_text)} if verify_text else {})
+    """SHA-256 of all that the result depends on, by its name."""
+    digests = {"dense": dense.fingerprint(), "sparse": sparse.fingerprint(), "text": digest(text)}
+    return digests | ({"verify_text": digest(verify_text)} if verify_text else {})
 
 
 def _parameters(dense: PreTrainedModel, sparse: PreTrainedModel, *, active_before: int) -> dict[str, int]:
@@ -213,16 +170,6 @@ def _parameters(dense: PreTrainedModel, sparse: PreTrainedModel, *, active_befor
 
 def _compare(dense: PreTrainedModel, sparse: PreTrainedModel, held_out: Rows) -> dict[str, Any]:
     """Logits and perplexity of both on the first held-out tokens."""
-    found = Reference.of(dense, list(_documents(held_out))).compare(sparse, granularity=1).as_dict()
-    del found["broken_groups"]  # there are none to keep together any more
-    return found
-
-
-def _documents(rows: Rows) -> Iterator[Tensor]:
-    """The documents, or parts of them, that stand in the rows: token ids, int64 (N,)."""
-    for number in rows.numbers:
-        batch = rows.packed.batch([number])
-        ids, starts = batch.input_ids[0], (batch.position_ids[0] == 0).nonzero().flatten()
-        for part, real in zip(ids.tensor_split(starts[1:]), batch.token_mask[0].tensor_split(starts[1:]), strict=True):
-            if bool(real.all()):
-                yield part
+    facts = Reference.of(dense, list(held_out.documents())).compare(sparse, granularity=1).as_dict()
+    del facts["broken_groups"]  # there are none to keep together any more
+    return facts

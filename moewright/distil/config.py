@@ -1,4 +1,4 @@
-"""What a layer-wise distillation does; importing this imports no torch."""
+"""The settings of a layer-wise distillation; importing this imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -14,8 +14,8 @@ DTYPES, DEVICES = get_args(Dtype), get_args(Device)
 class DistilConfig:
     """How the layers of a mixture learn what their dense blocks compute; see `moewright.distil.apply`.
 
-    A setting that makes no sense raises `UsageError` when the config is made; what depends on the models (experts,
-    positions, length of the text) is checked before anything is trained.
+    A setting that makes no sense raises `UsageError` when the config is made; limits of the models and the text
+    (experts, positions, length) are checked before anything is trained.
     """
 
     tolerance: float
@@ -52,7 +52,7 @@ class DistilConfig:
     """Coefficient of the router z-loss of ST-MoE, in each layer."""
 
     dtype: Dtype = "float32"
-    """What is computed in while training: `bfloat16` is autocast. Weights, losses and all that is measured: float32."""
+    """Precision of training: `bfloat16` is autocast. Weights, losses and measurements are float32 either way."""
 
     seed: int = 0
     """Of the order of the text."""

@@ -1,10 +1,9 @@
-"""Dense against sparse on the same tokens: what upcycling changed."""
+"""A model beside the one that it was made from, on the same tokens: logits, perplexity, and block by block."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import moe_layers, moe_path
+from moewright.backbone.blocks import moe_layers
 from moewright.backbone.load import load_model
 from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError, ModelError
+from moewright.evaluate.blocks import blocks_of, downs_of, rows_seen
 from moewright.family.table import family_of
 from moewright.moe.router import Routing
 
@@ -57,20 +57,20 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a dense model says of a text, for sparse models to be compared with."""
+    """A dense model's answers to a text, which sparse models are compared with."""
 
     windows: list[Tensor]
     """Token ids, int64 (S,) each: at most 2048 in all, in windows of at most 512."""
     logits: list[Tensor]
     """float32 (S, V) for each window."""
     dtype: torch.dtype
-    """What the model computed in."""
+    """The dtype of the model's arithmetic."""
     blocks: dict[int, tuple[Tensor, Tensor]]
-    """By layer, what its feed-forward block read and said of the first tokens, at most 256 of them: (T, D) each."""
+    """By layer, inputs and outputs of its feed-forward block for the first tokens, at most 256: (T, D) each."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, texts: Sequence[Tensor], *, tokens: int = VERIFY_TOKENS) -> Self:
-        """Ask the dense model; raises `DataError` if there are no two tokens."""
+        """Run the dense model; raises `DataError` if there are no two tokens."""
         windows = _windows(texts, tokens, longest=longest_text(model))
         logits = [_logits(model, window) for window in windows]
         return cls(windows, logits, model.dtype, _blocks(model, windows[0][:LAYER_TOKENS]))
@@ -78,8 +78,8 @@ class Reference:
     def compare(self, model: PreTrainedModel, *, granularity: int) -> Comparison:
         """Compare a sparse model with it, a window at a time."""
         with _routings(model) as routings:
-            found = (_logits(model, window) for window in self.windows)
-            comparison = compare_logits(found, self.logits, self.windows, dtype=self.dtype)
+            logits = (_logits(model, window) for window in self.windows)
+            comparison = compare_logits(logits, self.logits, self.windows, dtype=self.dtype)
         return replace(
             comparison,
             broken_groups=broken_groups(routings, granularity=granularity),
@@ -97,32 +97,31 @@ def compare(dense: Path, sparse: Path, texts: Sequence[Tensor], *, dtype: torch.
 
 
 def compare_logits(
-    found: Iterable[Tensor], wanted: Sequence[Tensor], windows: Sequence[Tensor], *, dtype: torch.dtype
+    logits: Iterable[Tensor], references: Sequence[Tensor], windows: Sequence[Tensor], *, dtype: torch.dtype
 ) -> Comparison:
-    """Compare two models' logits, (S, V) for each window of token ids (S,); without routing, no group is broken.
+    """Compare a model's logits with those of a reference, (S, V) for each window of token ids (S,).
 
-    Raises `ModelError` if some are not finite.
+    No group is broken: there is no routing here. Raises `ModelError` if some are not finite.
     """
     largest = total = scale = 0.0
     agree = count = 0
-    losses: dict[str, list[Tensor]] = {"found": [], "wanted": []}
-    for a, b, window in zip(found, wanted, windows, strict=True):
-        difference = (a - b).abs()
+    losses: list[tuple[Tensor, Tensor]] = []
+    for ours, reference, window in zip(logits, references, windows, strict=True):
+        difference = (ours - reference).abs()
         if not bool(difference.isfinite().all()):
             raise ModelError("logits that are not finite: there is nothing to compare; leave the text to verify on out")
         largest = max(largest, difference.max().item())
         total += difference.sum(dtype=torch.float64).item()
-        scale = max(scale, b.abs().max().item())
-        agree += int((a.argmax(-1) == b.argmax(-1)).sum())
-        count += len(a)
-        losses["found"].append(F.cross_entropy(a[:-1], window[1:], reduction="none").double())
-        losses["wanted"].append(F.cross_entropy(b[:-1], window[1:], reduction="none").double())
-    dense, sparse = (math.exp(min(torch.cat(losses[name]).mean().item(), 700.0)) for name in ("wanted", "found"))
+        scale = max(scale, reference.abs().max().item())
+        agree += int((ours.argmax(-1) == reference.argmax(-1)).sum())
+        count += len(ours)
+        losses.append((_losses(ours, window), _losses(reference, window)))
+    sparse, dense = (math.exp(min(torch.cat(side).mean().item(), 700.0)) for side in zip(*losses, strict=True))
     return Comparison(
         dtype=str(dtype).removeprefix("torch."),
         tokens=count,
         largest_logit_difference=largest,
-        mean_logit_difference=total / (count * wanted[0].shape[-1]),
+        mean_logit_difference=total / (count * references[0].shape[-1]),
         relative_logit_difference=largest / scale if scale else math.inf,
         top1_agreement=agree / count,
         dense_perplexity=dense,
@@ -133,14 +132,14 @@ def compare_logits(
 
 @torch.no_grad()
 def layer_errors(model: PreTrainedModel, blocks: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, float]:
-    """|moe(x) - block(x)| / |block(x)| of each sparse layer, for what a dense block read and said."""
-    found = {}
+    """|moe(x) - y| / |y| of each sparse layer, for the inputs x and outputs y of a dense block."""
+    errors = {}
     for layer, moe in moe_layers(model).items():
         x_TD, y_TD = blocks[layer]
         error, length = (moe(x_TD).double() - y_TD.double()).norm().item(), y_TD.double().norm().item()
-        # A block that says nothing: any difference is infinitely large, and none is none.
-        found[layer] = error / length if length else (math.inf if error else 0.0)
-    return found
+        # Of an output of zeros any difference is infinitely large, and none is none.
+        errors[layer] = error / length if length else (math.inf if error else 0.0)
+    return errors
 
 
 def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
@@ -167,46 +166,39 @@ def _windows(texts: Sequence[Tensor], tokens: int, *, longest: int) -> list[Tens
     return windows
 
 
+def _losses(logits: Tensor, window: Tensor) -> Tensor:
+    return F.cross_entropy(logits[:-1], window[1:], reduction="none").double()
+
+
 @torch.no_grad()
 def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     return text_logits(model, window).float()
 
 
 def _blocks(model: PreTrainedModel, ids: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
-    """Inputs and outputs of a dense model's blocks, (T, D) each, by layer; a block ends with its down projection."""
-    family = family_of(model.config)
-    places, down = family.places(model.config), family.form_of(model.config).down
+    """Inputs and outputs of a dense model's blocks, (T, D) each, by layer."""
+    layers = range(len(family_of(model.config).places(model.config)))
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
-
-    def read(module: nn.Module, args: tuple[Any, ...], *, layer: int) -> None:
-        inputs[layer] = args[0].reshape(-1, args[0].shape[-1])
-
-    def said(module: nn.Module, args: tuple[Any, ...], output: Tensor, *, layer: int) -> None:
-        outputs[layer] = output.reshape(-1, output.shape[-1])
-
-    handles: list[Any] = []
-    for layer, place in enumerate(places):
-        start, end = model.get_submodule(moe_path(place)), model.get_submodule(place.path(down))
-        handles.append(start.register_forward_pre_hook(partial(read, layer=layer)))
-        handles.append(end.register_forward_hook(partial(said, layer=layer)))
-    _logits(model, ids)
-    for handle in handles:
-        handle.remove()
-    return {layer: (inputs[layer], outputs[layer]) for layer in inputs}
+    with (
+        rows_seen(blocks_of(model, layers), lambda layer, x_TD, _: inputs.update({layer: x_TD})),
+        rows_seen(downs_of(model, layers), lambda layer, _, y_TD: outputs.update({layer: y_TD})),
+    ):
+        _logits(model, ids)
+    return {layer: (inputs[layer], outputs[layer]) for layer in layers}
 
 
 @contextmanager
 def _routings(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Collect the chosen experts, (T, K), of every layer and forward pass inside the block."""
-    found: list[Tensor] = []
+    """Collect the chosen experts, (T, K), of every layer and forward pass in this context."""
+    experts: list[Tensor] = []
 
     def collect(module: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        found.append(routing.experts_TK)
+        experts.append(routing.experts_TK)
 
     handles = [moe.router.register_forward_hook(collect) for moe in moe_layers(model).values()]
     try:
-        yield found
+        yield experts
     finally:
         for handle in handles:
             handle.remove()

@@ -38,7 +38,7 @@ class Perplexity:
 def paired_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Mean difference in nats a token of two models on the same windows, and its standard error.
 
-    What both find hard about a text cancels, so this ranks two models where their own errors would not.
+    The difficulty of the text cancels, so this ranks two models where their own errors would not.
     """
     assert [count for _, count in a] == [count for _, count in b], "the same windows of the same texts"
     return _mean_of_clusters([x - y for (x, _), (y, _) in zip(a, b, strict=True)], [int(count) for _, count in a])

@@ -1,15 +1,16 @@
-"""What a growth does, and which sizes it can reach; importing this imports no torch."""
+"""The settings of a growth, and the sizes that it can reach; importing this imports no torch."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from moewright.errors import UsageError
 
-WIDTHS = ("fpi", "aki")
-DEPTHS = ("interpolate", "stack")
+Width = Literal["fpi", "aki"]
+Depth = Literal["interpolate", "stack"]
+WIDTHS, DEPTHS = get_args(Width), get_args(Depth)
 MOST = 64
-"""Times a size that growth reaches in one step: what is far beyond is a slip of the keyboard, and would be planned for
-hours."""
+"""Times a size that growth reaches in one step: more is a slip of the keyboard, and would be planned for hours."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class GrowConfig:
     layers: int | None = None
     """Number of layers, of each stack in an encoder-decoder; any that is not smaller. By default as in the source."""
 
-    width: str = "fpi"
+    width: Width = "fpi"
     """`fpi` copies neurons within a layer, `aki` takes the extra ones from the layer above."""
 
-    depth: str = "interpolate"
+    depth: Depth = "interpolate"
     """`interpolate` puts copies of a layer beside it, `stack` puts the whole model on top of itself."""
 
     seed: int | None = None
@@ -68,7 +69,7 @@ class GrowConfig:
 
 
 def hidden_step(source: Sizes) -> int:
-    """What a model width must be a multiple of, for heads of the same width.
+    """The number of which a model width must be a multiple, for heads of the same width.
 
     Heads grow with the model width: H' = H * D' / D. In grouped-query attention the groups stay as many as
     they are and each gets as many heads (AKI-Pro); in multi-head attention a head is query, key and value.
@@ -81,13 +82,13 @@ def hidden_step(source: Sizes) -> int:
 def grown_sizes(config: GrowConfig, source: Sizes) -> Sizes:
     """The sizes that `config` asks for; `UsageError` names those that can be reached instead."""
     for name in ("hidden_size", "intermediate_size", "layers"):
-        found, most = getattr(config, name), MOST * getattr(source, name)
-        if found is not None and found > most:
-            raise UsageError(f"{name}={found}: more than {MOST} times the source's; use at most {most}, or grow again")
+        size, most = getattr(config, name), MOST * getattr(source, name)
+        if size is not None and size > most:
+            raise UsageError(f"{name}={size}: more than {MOST} times the source's; use at most {most}, or grow again")
     for name in ("intermediate_size", "layers"):
-        found, least = getattr(config, name), getattr(source, name)
-        if found is not None and found < least:
-            raise UsageError(f"{name}={found}: the source has {least}, and growth only adds; use {least} or more")
+        size, least = getattr(config, name), getattr(source, name)
+        if size is not None and size < least:
+            raise UsageError(f"{name}={size}: the source has {least}, and growth only adds; use {least} or more")
     step, hidden = hidden_step(source), config.hidden_size or source.hidden_size
     if hidden < source.hidden_size or hidden % step:
         first = max(source.hidden_size, -(-hidden // step) * step)

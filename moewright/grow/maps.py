@@ -1,4 +1,4 @@
-"""Which source neuron each neuron of a grown model copies, and what that does to a tensor.
+"""The source neuron that each neuron of a grown model copies, and a tensor grown by that.
 
 c(i) is the source neuron of new neuron i, with c(i) = i for the old ones, and n(j) the number of new neurons
 that copy j. A weight (out, in) becomes W'[o, i] = W[c(o), c(i)] / n(c(i)): copied outputs, and inputs divided
@@ -69,7 +69,7 @@ def layer_map(old: int, new: int, *, depth: str) -> list[int]:
     """The source layer of each new layer: l mod old (`stack`) or floor(l * old / new) (`interpolate`).
 
     Section 2.2.1 of arXiv 2408.06567, whose equation 3 prints the fraction of the second upside down; its figure 2
-    shows what is meant.
+    shows the right one.
     """
     return [layer % old if depth == "stack" else layer * old // new for layer in range(new)]
 
@@ -89,8 +89,8 @@ def grow_tensor(
 
     `maps` has the axes that grow. With `tied` embeddings nothing can be divided in the output embedding, whose
     inputs are copied outputs of the input embedding: the weights of the norm before it are divided instead,
-    n(j) copies of x_j * w_j / n(j), which gives the same logits. Everything is divided by `divisor` besides. What a
-    norm multiplies with is the sum of its weight and `offset`, so it is the sum that is divided.
+    n(j) copies of x_j * w_j / n(j), which gives the same logits. Everything is divided by `divisor` besides. A
+    norm multiplies with the sum of its weight and `offset`, so the sum is divided.
     """
     inputs = 0 if axes.feeds_head and tied else axes.inputs
     outputs = maps.get(axes.dims[axes.outputs]) if axes.outputs is not None else None

@@ -1,4 +1,4 @@
-"""What defines one mixture-of-experts layer, and which combinations make no sense."""
+"""The settings that define one mixture-of-experts layer, and the combinations of them that are refused."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -131,7 +131,7 @@ class MoEConfig(MoESettings):
     """Whether the model reads from left to right; then experts may not choose, as they would by later tokens."""
 
     score: Score = "softmax"
-    """What turns logits into scores: a softmax over the experts, or a sigmoid for each."""
+    """How logits become scores: by a softmax over the experts, or by a sigmoid of each."""
 
     router_order: RouterOrder | None = None
     """Softmax before the choice, over all experts, or after it, over the chosen; None takes `topk-softmax` where
@@ -141,16 +141,16 @@ class MoEConfig(MoESettings):
     """Whether a token's combine weights are divided by their sum over the experts that it kept."""
 
     routed_scale: float = 1.0
-    """What the combine weights are multiplied with at last."""
+    """Factor of the combine weights, applied last."""
 
     num_groups: int = 1
-    """Into how many groups of neighbours the experts are divided."""
+    """Number of groups of neighbouring experts."""
 
     top_groups: int = 1
-    """How many of the groups a token may choose experts from."""
+    """Number of groups from which a token may choose its experts."""
 
     group_score: GroupScore = "max"
-    """What ranks a group: its best score, or the sum of its best two."""
+    """Rank of a group: by its best score, or by the sum of its best two."""
 
     router_bias: bool = False
     """Whether the router's logits have a trained bias, one for each expert."""
@@ -159,7 +159,7 @@ class MoEConfig(MoESettings):
     """Whether a bias for each expert is added to the scores for the choice alone, not to the combine weights."""
 
     bias_update_rate: float = 0.0
-    """By how much a step moves the selection bias of each expert towards an even load."""
+    """Size of the move that a step makes with each selection bias, towards an even load."""
 
     logit_norm: float = 0.0
     """If not 0, logits are first brought to mean 0 and this standard deviation over the experts."""
@@ -168,7 +168,7 @@ class MoEConfig(MoESettings):
     """The capacity factor in evaluation."""
 
     balance_loss: float = 0.0
-    """As above, but off where nobody asks for it: a layer by itself has no loss."""
+    """As above, but off by default: a layer by itself has no loss."""
 
     # -- what an expert is --
 

@@ -1,4 +1,4 @@
-"""What a layer is told from outside for the forward pass at hand."""
+"""The record through which layers hear of the batch at hand: its padding, and the scale of its losses."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
 """The experts' parameters, and the contract of the kernels that compute with them.
 
 Letters: T tokens, K experts a token, D model width, E experts, F expert width, H width of the first product
-(2F when gated, the gate half first; else F).
+(2F when gated, the gate half first; else F), S width of the shared expert.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moewright.moe.activations import activation_named
+from moewright.moe.config import MoEConfig
 from moewright.moe.exchange import Permutation
 from moewright.moe.precision import autocast_dtype
 
@@ -46,29 +47,17 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        num_experts: int,
-        hidden_size: int,
-        expert_size: int,
-        activation: str,
-        gated: bool,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        activation_named(activation, gated=gated)
-        self.gated, self.activation, self.bias = gated, activation, bias
-        self.first_name = "gate_up_proj" if gated else "up_proj"
-        E, D, width = num_experts, hidden_size, expert_size
-        H = 2 * width if gated else width
-        shapes: dict[str, tuple[tuple[int, ...], int]] = {
-            self.first_name: ((E, H, D), D),
-            "down_proj": ((E, D, width), width),
-        }
-        if bias:
-            shapes |= {f"{self.first_name}_bias": ((E, H), D), "down_proj_bias": ((E, D), width)}
+        activation_named(config.activation, gated=config.gated)
+        self.gated, self.activation, self.bias = config.gated, config.activation, config.expert_bias
+        self.first_name = "gate_up_proj" if config.gated else "up_proj"
+        E, D, F = config.num_experts, config.hidden_size, config.expert_size
+        H = 2 * F if config.gated else F
+        shapes: dict[str, tuple[tuple[int, ...], int]] = {self.first_name: ((E, H, D), D), "down_proj": ((E, D, F), F)}
+        if config.expert_bias:
+            shapes |= {f"{self.first_name}_bias": ((E, H), D), "down_proj_bias": ((E, D), F)}
         for name, (shape, inputs) in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
             nn.init.uniform_(getattr(self, name), -(inputs**-0.5), inputs**-0.5)
@@ -99,34 +88,27 @@ class Experts(nn.Module):
 class SharedExpert(nn.Module):
     """The feed-forward block that every token goes through, beside the routed experts.
 
-    `mode` says how the outputs are joined: `added`; `gated`, with a sigmoid of its own for each token (Qwen2-MoE);
-    `residual`, both weighted by a softmax of two (residual MoE, arXiv 2201.05596; the softmax as in DeepSpeed).
+    `shared_mode` says how the outputs are joined: `added`; `gated`, with a sigmoid of its own for each token
+    (Qwen2-MoE); `residual`, both weighted by a softmax of two (residual MoE, arXiv 2201.05596; the softmax as in
+    DeepSpeed).
     """
 
     def __init__(
-        self,
-        *,
-        hidden_size: int,
-        size: int,
-        mode: str,
-        activation: str,
-        gated: bool,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.mode, self.activation = mode, activation_named(activation, gated=gated)
+        self.mode, self.activation = config.shared_mode, activation_named(config.activation, gated=config.gated)
+        D, S = config.hidden_size, config.shared_size
 
         def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
             return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
 
-        self.first_name = "gate_up_proj" if gated else "up_proj"
-        self.add_module(self.first_name, linear(hidden_size, 2 * size if gated else size, bias=bias))
-        self.down_proj = linear(size, hidden_size, bias=bias)
+        self.first_name = "gate_up_proj" if config.gated else "up_proj"
+        self.add_module(self.first_name, linear(D, 2 * S if config.gated else S, bias=config.expert_bias))
+        self.down_proj = linear(S, D, bias=config.expert_bias)
         self.gate: nn.Linear | None = None
-        if mode != "added":
-            self.gate = linear(hidden_size, 1 if mode == "gated" else 2, bias=mode == "residual")
+        if self.mode != "added":
+            self.gate = linear(D, 1 if self.mode == "gated" else 2, bias=self.mode == "residual")
 
     def forward(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
         """The layer's output: (T, D), (T, D) -> (T, D)."""

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moewright.errors import UsageError
-from moewright.moe.balance import (
-    attach_loss,
-    count_tokens,
-    sequence_switch_loss,
-    switch_loss,
-    z_loss,
-)
+from moewright.moe.balance import attach_loss, count_tokens, sequence_switch_loss, switch_loss, z_loss
 from moewright.moe.capacity import within_capacity
 from moewright.moe.config import MoEConfig
 from moewright.moe.context import RoutingContext
@@ -56,28 +50,8 @@ class MoELayer(nn.Module):
         self.context = RoutingContext() if context is None else context
         self.router = Router(config, device=device, dtype=dtype)
         self.exchange: Exchange = LocalExchange(config.num_experts)
-        self.experts = Experts(
-            num_experts=config.num_experts,
-            hidden_size=config.hidden_size,
-            expert_size=config.expert_size,
-            activation=config.activation,
-            gated=config.gated,
-            bias=config.expert_bias,
-            device=device,
-            dtype=dtype,
-        )
-        self.shared: SharedExpert | None = None
-        if config.shared_size:
-            self.shared = SharedExpert(
-                hidden_size=config.hidden_size,
-                size=config.shared_size,
-                mode=config.shared_mode,
-                activation=config.activation,
-                gated=config.gated,
-                bias=config.expert_bias,
-                device=device,
-                dtype=dtype,
-            )
+        self.experts = Experts(config, device=device, dtype=dtype)
+        self.shared = SharedExpert(config, device=device, dtype=dtype) if config.shared_size else None
         self.stats = RoutingStats(config.num_experts, device=device)
         self.configure(config)
 
@@ -91,7 +65,7 @@ class MoELayer(nn.Module):
         self.register_buffer("previous_counts", counts_E, persistent=config.balance_scope == "global")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts; what moves outside the gradient stays float32, and begins anew after the meta device."""
+        """Moves and casts; the buffers above stay float32, and begin anew when they leave the meta device."""
         before = {"balance_coefficient": self.balance_coefficient, "previous_counts": self.previous_counts}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before["previous_counts"].is_meta and not self.previous_counts.is_meta:
@@ -110,7 +84,7 @@ class MoELayer(nn.Module):
                     f"token_mask is {tuple(mask_T.shape)} {mask_T.dtype} for {len(x_TD)} tokens: it must be bool, "
                     "one value for each token of the flattened batch"
                 )
-            # What padding holds is nobody's: zeros, since even times 0 a value that is not finite would spread.
+            # Padding becomes zeros: even with a weight of 0, a value that is not finite would spread.
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
         routing = self.router(x_TD, config)
         if config.choice == "token":
@@ -162,8 +136,8 @@ class MoELayer(nn.Module):
         if scope == "sequence":
             return sequence_switch_loss(routing.probabilities_TE, routing.experts_TK, length=length, mask_T=mask_T)
         if scope == "global" and self._attaches_losses():
-            # What other ranks count in this step is known at its end only, and micro-batches still to come are not
-            # counted yet: the step before stands for them.
+            # The other ranks' counts of this step are known at its end only, and later micro-batches are not counted
+            # yet: the step before stands for both.
             counts_E = counts_E + self.stats.step_counts[:-1] + self.previous_counts
         return switch_loss(routing.probabilities_TE, counts_E, mask_T)
 

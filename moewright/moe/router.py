@@ -16,11 +16,11 @@ from moewright.moe.precision import keep_dtypes, no_autocast
 
 
 class Routing(NamedTuple):
-    """What the router decided; float32 (float64 for float64 inputs) and int64."""
+    """The router's decisions: float32 (float64 for float64 inputs) and int64."""
 
     logits_TE: Tensor
     scores_TE: Tensor
-    """Softmax over all experts in either order, or sigmoid: what a pair of token and expert is worth."""
+    """Softmax over all experts in either order, or sigmoid: the worth of a pair of token and expert."""
     probabilities_TE: Tensor
     """The scores of a token, summing to 1: for the balance loss and the statistics."""
     experts_TK: Tensor
@@ -92,7 +92,7 @@ def _choose(logits_TE: Tensor, scores_TE: Tensor, config: MoEConfig, *, bias_E: 
 
 
 def selection_values(logits_TE: Tensor, scores_TE: Tensor, config: MoEConfig, *, bias_E: Tensor | None) -> Tensor:
-    """(T, E): what a token's experts are the largest of; minus infinity where it may not choose."""
+    """(T, E): values of which a token chooses the largest; minus infinity where it may not choose."""
     if bias_E is None and config.num_groups == 1:
         return logits_TE  # they tie less than scores do
     values_TE = scores_TE if bias_E is None else scores_TE + bias_E
@@ -135,7 +135,7 @@ def scaled_and_masked(weights: Tensor, config: MoEConfig, *, training: bool) -> 
 
 
 class ExpertChoice(NamedTuple):
-    """Which tokens each expert took."""
+    """The tokens that each expert took."""
 
     tokens_EC: Tensor
     """int64, best first."""

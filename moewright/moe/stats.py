@@ -1,4 +1,4 @@
-"""What a layer did with its last forward pass and with the micro-batches of a step, kept on the device.
+"""Statistics of a layer's last forward pass, and of the micro-batches of a step, kept on the device.
 
 Letters: T tokens, E experts. A forward pass overwrites the numbers of the one before; it never adds to them. So
 recomputation under gradient checkpointing counts no token twice: a step adds them up after the backward pass.

@@ -1,4 +1,4 @@
-"""One step of the optimiser as its MoE layers see it: what a training loop tells them, and what they count together.
+"""The protocol of a training step: shares of its tokens in, counts of all layers out, one reduction over the ranks.
 
 Letters: E experts.
 """
@@ -53,11 +53,13 @@ class RoutingStep:
         """Before a forward pass: set the scale of the layers' losses.
 
         `shares` says for each stack which share of the step's real tokens, those of all ranks, the micro-batch has; of
-        stacks without MoE layers it is not read. `factor` is what the model's own loss is multiplied with besides: the
-        number of ranks where gradients are averaged over them, a gradient scaler's factor.
+        stacks without MoE layers it is not read. `factor` is any other factor of the model's own loss: the number
+        of ranks where gradients are averaged over them, a gradient scaler's.
         """
         if missing := sorted(self._stacks.keys() - shares.keys()):
-            raise UsageError(f"shares={dict(shares)}: give that of {', '.join(missing)}, too")
+            raise UsageError(
+                f"shares={dict(shares)} lacks {', '.join(missing)}: give one for each stack with MoE layers"
+            )
         self._shares = {name: float(shares[name]) for name in self._stacks}
         for name, (context, layers) in self._stacks.items():
             device = layers[0].router.weight.device if layers else None
@@ -75,10 +77,10 @@ class RoutingStep:
 
     @torch.no_grad()
     def end_step(self) -> list[LayerRouting]:
-        """What the step counted, layer by layer in the order of the stacks; then counting begins anew.
+        """Return the counts of the step, layer by layer in the order of the stacks, and begin anew.
 
-        It moves what moves outside the gradient: selection biases, adaptive coefficients, and the counts that a balance
-        loss of global scope goes on from. With a group all its ranks must call it.
+        Selection biases and adaptive coefficients move, and a balance loss of global scope goes on from these counts.
+        With a group all its ranks must call it.
         """
         if not self._layers:
             return []
@@ -97,7 +99,7 @@ class RoutingStep:
 
 
 def _move(layer: MoELayer, step: LayerRouting) -> None:
-    """What of a layer moves outside the gradient."""
+    """Move all of a layer that moves outside the gradient."""
     config, counts_E = layer.config, step.tokens_per_expert
     if config.bias_update_rate:
         assert layer.router.bias is not None, "MoEConfig asks for a bias where it is moved"

@@ -1,4 +1,4 @@
-"""The optimiser, and its state by parameter name."""
+"""The optimiser, its update, and its state by parameter name."""
 
 from typing import Final
 
@@ -15,8 +15,7 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over all parameters, decay on matrices only (not on norms and biases).
 
-    Each group's `ratio` is what the step's learning rate is multiplied with: `router_ratio` for the routers of
-    MoELayers, 1 for the rest. The `lr` of the groups is set at each step.
+    Each group has a `ratio` of its learning rate to the step's: `router_ratio` for the routers of MoELayers, else 1.
     """
     routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -27,6 +26,14 @@ def make_optimizer(
             groups.setdefault((decay, ratio), []).append(parameter)
     options = [{"params": group, "weight_decay": decay, "ratio": ratio} for (decay, ratio), group in groups.items()]
     return torch.optim.AdamW(options, lr=0.0, betas=betas, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, *, learning_rate: float) -> None:
+    """Apply the gradients at the step's learning rate, and drop them."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["ratio"]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -40,7 +47,7 @@ def moments(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]
 
 
 def set_moments(model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    """Take what `moments` returned out of `tensors`, not copied; every parameter has all of its tensors, or none."""
+    """Move the tensors of `moments` out of `tensors`, without a copy; a parameter has all of its tensors, or none."""
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors:
             optimizer.state[parameter] = {

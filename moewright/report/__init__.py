@@ -1,1 +1,1 @@
-"""Results for people: one self-contained HTML file, and facts on a terminal."""
+"""Results and progress for people: self-contained HTML pages, and facts on a terminal."""

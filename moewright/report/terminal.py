@@ -1,4 +1,4 @@
-"""What a verb found, as lines and tables on a terminal."""
+"""Facts as lines and tables on a terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moewright.report.numbers import format_value
+from moewright.report.text import format_value
 
 
 def layout(values: Mapping[str, Any]) -> RenderableType:

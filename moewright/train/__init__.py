@@ -1,1 +1,1 @@
-"""Training: config, schedule, optim, metrics, console, start, resume, loop."""
+"""Training: config, run_file, objective, start, resume, metrics, loop."""

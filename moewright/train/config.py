@@ -1,20 +1,17 @@
-"""The run file: one tree of frozen dataclasses, a sentence under every field.
+"""The settings of a run: one tree of frozen dataclasses, a sentence under every field.
 
-Each room owns its part; this file owns `[train]` and `[moe]`, composes the tree, and reads it.
+Each room owns its part; this file owns `[train]` and composes the tree.
 """
 
-import tomllib
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moewright.checkpoint.disk import overlap
 from moewright.data.config import DataConfig
 from moewright.errors import UsageError
 from moewright.moe.config import MoESettings
-from moewright.optim.schedule import Schedule
-from moewright.train.tree import Override, build, merge_overrides
+from moewright.optim.schedule import Schedule, learning_rate
 from moewright.upcycle.config import UpcycleConfig
 
 
@@ -53,7 +50,7 @@ class TrainConfig:
     """Steps of the decay at the end; for the schedule wsd only."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What activations are computed in; parameters, gradients, moments and losses are float32 either way."""
+    """Precision of activations; parameters, gradients, moments and losses are float32 either way."""
 
     weight_decay: float = 0.1
     """AdamW's decoupled decay, on matrices only."""
@@ -90,31 +87,46 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "micro_batch_size", "keep_checkpoints", "batch_size", "batch_tokens"):
-            if getattr(self, name) is not None:
-                _at_least(f"train.{name}", getattr(self, name), 1)
-        counts = ("warmup_steps", "decay_steps", "eval_every", "checkpoint_every", "seed")
-        for name in (*counts, "weight_decay", "clip_norm"):
-            _at_least(f"train.{name}", getattr(self, name), 0)
-        if self.learning_rate <= 0:
-            raise UsageError(f"train.learning_rate = {self.learning_rate}: it must be more than 0")
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}: it must be at least 1")
+        amounts = ("weight_decay", "clip_norm", "router_learning_rate_ratio", "learning_rate")
+        for name in ("warmup_steps", "decay_steps", "eval_every", "checkpoint_every", "seed", *amounts):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name}={getattr(self, name)}: it must be a finite number, 0 or more")
+        if self.learning_rate == 0:
+            raise UsageError("learning_rate=0: it must be more than 0")
         if not 0 <= self.min_learning_rate_ratio <= 1:
-            raise UsageError(f"train.min_learning_rate_ratio = {self.min_learning_rate_ratio}: it must be 0 to 1")
-        _at_least("train.router_learning_rate_ratio", self.router_learning_rate_ratio, 0)
+            raise UsageError(f"min_learning_rate_ratio={self.min_learning_rate_ratio}: it must be 0 to 1")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"train.{name} = {getattr(self, name)}: it must be 0 or more and less than 1")
+                raise UsageError(f"{name}={getattr(self, name)}: it must be 0 or more and less than 1")
         if (self.batch_size is None) == (self.batch_tokens is None):
-            found = "neither is" if self.batch_size is None else "both are"
-            raise UsageError(f"train.batch_size and train.batch_tokens: {found} set; set one of the two")
+            raise UsageError(
+                f"batch_size={self.batch_size} with batch_tokens={self.batch_tokens}: set one of the two, and only one"
+            )
         if self.schedule == "wsd" and self.decay_steps == 0:
-            raise UsageError("train.schedule = wsd needs train.decay_steps, the length of its decay")
+            raise UsageError("schedule=wsd with decay_steps=0: it has a decay at the end; give its length")
         if self.schedule != "wsd" and self.decay_steps > 0:
-            raise UsageError(f"train.decay_steps is for schedule = wsd only, found {self.schedule}: leave it out")
+            raise UsageError(
+                f"decay_steps={self.decay_steps} with schedule={self.schedule}: only wsd has a decay; leave it out"
+            )
         if self.warmup_steps + self.decay_steps > self.steps:
             raise UsageError(
-                f"train.warmup_steps + train.decay_steps = {self.warmup_steps + self.decay_steps} "
-                f"> train.steps = {self.steps}: make the run longer or these shorter"
+                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} together > steps={self.steps}: "
+                "make the run longer, or these shorter"
             )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of step number `step`, counted from 1."""
+        return learning_rate(
+            step,
+            peak=self.learning_rate,
+            schedule=self.schedule,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            min_ratio=self.min_learning_rate_ratio,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,17 +154,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         S, tokens = self.data.sequence_length, self.train.batch_tokens
         if tokens is not None and tokens % S:
-            raise UsageError(f"train.batch_tokens = {tokens} is not a multiple of data.sequence_length = {S}")
+            raise UsageError(f"train.batch_tokens={tokens} is not a multiple of data.sequence_length={S}")
         if self.batch_rows % self.train.micro_batch_size:
             raise UsageError(
-                f"train.micro_batch_size = {self.train.micro_batch_size} does not divide the batch of "
+                f"train.micro_batch_size={self.train.micro_batch_size} does not divide the batch of "
                 f"{self.batch_rows} sequences: choose a divisor"
             )
         for name in ("model", "out"):
             if not getattr(self, name):
-                raise UsageError(f"{name} is empty: name a folder")
+                raise UsageError(f"{name}='': name a folder")
         if overlap(self.out, self.model):
-            raise UsageError(f"out = {self.out} is, holds or lies in the model's folder {self.model}: name another one")
+            raise UsageError(f"out={self.out} is, holds or lies in the model's folder {self.model}: name another one")
 
     @property
     def batch_rows(self) -> int:
@@ -164,52 +176,18 @@ class RunConfig:
 
 
 def ignored_settings(config: RunConfig, *, sparse: bool) -> list[str]:
-    """What `config` sets to no effect, in words; `sparse` says whether the model has mixture-of-experts layers."""
+    """Settings of `config` without effect, in words; `sparse`: whether the model has mixture-of-experts layers."""
     data, train = config.data, config.train
-    found = [
+    ignored = [
         (f"moe.{field.name}", getattr(config.moe, field.name), "the model has no mixture-of-experts layers")
         for field in fields(config.moe)
         if not sparse and getattr(config.moe, field.name) != field.default
     ]
     if not sparse and train.router_learning_rate_ratio != TrainConfig.router_learning_rate_ratio:
         ratio = train.router_learning_rate_ratio
-        found.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
+        ignored.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
     if train.schedule == "constant" and train.min_learning_rate_ratio != TrainConfig.min_learning_rate_ratio:
-        found.append(("train.min_learning_rate_ratio", train.min_learning_rate_ratio, "train.schedule is constant"))
+        ignored.append(("train.min_learning_rate_ratio", train.min_learning_rate_ratio, "train.schedule is constant"))
     if data.eval_files and data.eval_fraction != DataConfig.eval_fraction:
-        found.append(("data.eval_fraction", data.eval_fraction, "data.eval_files is given"))
-    return [f"{name} = {value} is ignored: {why}" for name, value, why in found]
-
-
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the run file at `path`, put `overrides` (`--section.key value`, ...) into it, and check the result.
-
-    An override of `train.batch_tokens` takes the place of the file's `train.batch_size`, and the reverse.
-
-    Raises UsageError: no such file, not TOML, an unknown key, a wrong type or value.
-    """
-    try:
-        mapping = tomllib.loads(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}): name a run file in TOML") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 at byte {error.start}: a run file is TOML") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not TOML: {error}") from error
-    merged = merge_overrides(mapping, overrides)
-    _let_overrides_choose(merged, "batch_size", "batch_tokens")
-    return build(RunConfig, merged, source=str(path))
-
-
-def _let_overrides_choose(merged: dict[str, Any], *names: str) -> None:
-    """Of settings of `[train]` that exclude each other, an override displaces those of the file."""
-    table = merged.get("train")
-    if isinstance(table, dict) and any(isinstance(table.get(name), Override) for name in names):
-        for name in names:
-            if not isinstance(table.get(name), Override):
-                table.pop(name, None)
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{name} = {value}: it must be at least {least}")
+        ignored.append(("data.eval_fraction", data.eval_fraction, "data.eval_files is given"))
+    return [f"{name} = {value} is ignored: {why}" for name, value, why in ignored]

@@ -14,7 +14,7 @@ from moewright.checkpoint.lock import lock_folder
 from moewright.checkpoint.untrusted import read_json
 from moewright.errors import CheckpointError, ModelError, UsageError
 from moewright.train.config import RunConfig
-from moewright.train.tree import to_toml
+from moewright.train.run_file import to_toml
 
 CONFIG: Final = "config.toml"
 CHECKPOINTS: Final = "checkpoints"
@@ -22,7 +22,7 @@ FINAL: Final = "final"
 METRICS: Final = "metrics.jsonl"
 EVALUATIONS: Final = "evaluations.jsonl"
 RUN: Final = "moewright-run.json"
-"""What makes a folder a run's: the identity of the run, and the digests of its text files."""
+"""The file that marks the folder of a run: the run's identity, and the digests of its text files."""
 CACHE: Final = ".moewright-cache"
 
 

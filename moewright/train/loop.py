@@ -13,21 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import moe_layers, routing_contexts, routing_step
+from moewright.backbone.blocks import moe_layers, routing_step
 from moewright.backbone.save import save_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
-from moewright.data.pack import IGNORE, Batch, PackedRows, rows_at
+from moewright.data.pack import rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
-from moewright.optim.adamw import make_optimizer
-from moewright.optim.schedule import learning_rate
+from moewright.moe.step import RoutingStep
+from moewright.optim.adamw import make_optimizer, update
+from moewright.report.progress import Progress
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
-from moewright.train.console import TrainingProgress
 from moewright.train.folder import (
     CHECKPOINTS,
     EVALUATIONS,
@@ -41,19 +39,20 @@ from moewright.train.folder import (
 from moewright.train.metrics import (
     Board,
     JsonLines,
-    RoutingTally,
     peak_memory,
     read_json_lines,
     require_tensorboard,
+    routing_metrics,
     throughput,
 )
+from moewright.train.objective import BatchT, Objective, Rows
 from moewright.train.resume import Position, StopRequest, stop_on_signals
 from moewright.train.start import Start, start, text_digests, upcycle_digests
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """A finished run, as its folder tells it."""
+    """A completed run, as its folder records it."""
 
     steps: int
     """Optimiser steps."""
@@ -74,20 +73,20 @@ class TrainResult:
 def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
     """Run `config` to its end, from its newest checkpoint if there is one; progress is shown on `console`.
 
-    Writes below `config.out`: `config.toml` (resolved), `moewright-run.json` (what identifies the run),
+    Writes below `config.out`: `config.toml` (resolved), `moewright-run.json` (the identity of the run),
     `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, and at the end `final/`. On CPU in float32, with the same
     number of threads, a run that was stopped and started again is equal to the last bit to one that was not.
 
     Raises:
-        UsageError, ModelError, DataError: what is asked for cannot be trained; nothing was written.
+        UsageError, ModelError, DataError: settings, model or text are no good; nothing was written.
         ResourceError: the disk is full; no step that was made is lost if its state still fits.
         CheckpointError: the folder belongs to another run, or the loss is no longer finite.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call goes on from it.
     """
-    folder, progress = Path(config.out), TrainingProgress(console)
+    folder, progress = Path(config.out), Progress(console)
     with open_run(folder):
         if (folder / FINAL).exists():
-            _require_same_finished(config, folder)
+            _require_same_completed(config, folder)
             progress.note(f"{folder} is finished ({config.train.steps} steps): nothing to do")
             return _result(folder)
         if config.train.tensorboard:
@@ -103,25 +102,28 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
 
 
 def train_step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, *, step: int, settings: TrainConfig
+    model: PreTrainedModel,
+    batch: BatchT,
+    *,
+    objective: Objective[BatchT],
+    routing: RoutingStep,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    settings: TrainConfig,
 ) -> dict[str, Any]:
     """One step of the optimiser on `batch`, in micro-batches; returns its line of `metrics.jsonl`.
 
     The loss is the mean over all targets of the batch, however it is divided: each micro-batch adds its
     sum, over the step's number of targets. The layers' own losses are means over real tokens, so they
-    are scaled with the micro-batch's share of the step's real tokens.
+    are scaled with the micro-batch's share of the real tokens that the layer's stack reads in the step.
 
     Raises CheckpointError when the loss or the gradient is not finite; the parameters are then unchanged.
     """
-    routing, tally = routing_step(model), RoutingTally(moe_layers(model))
-    targets, real = int((batch.targets != IGNORE).sum()), int(batch.token_mask.sum())
+    targets, tokens = objective.targets(batch), objective.tokens(batch)
     loss = torch.zeros((), device=model.device)
-    for first in range(0, len(batch), settings.micro_batch_size):
-        micro = batch.rows(first, first + settings.micro_batch_size)
-        share = int(micro.token_mask.sum()) / real
-        routing.begin_micro_batch({"decoder": share})
-        micro_loss = language_loss(model, micro.to(model.device), dtype=settings.dtype) / targets
-        tally.add(share)
+    for micro_batch in objective.micro_batches(batch, settings.micro_batch_size):
+        routing.begin_micro_batch({name: count / tokens[name] for name, count in objective.tokens(micro_batch).items()})
+        micro_loss = objective.loss(model, micro_batch) / targets
         micro_loss.backward()
         routing.after_backward()
         loss += micro_loss.detach()
@@ -130,48 +132,23 @@ def train_step(
     record = {"loss": float(loss), "grad_norm": float(norm)}
     _require_finite(record, step)
 
-    rate = learning_rate(
-        step,
-        peak=settings.learning_rate,
-        schedule=settings.schedule,
-        steps=settings.steps,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.decay_steps,
-        min_ratio=settings.min_learning_rate_ratio,
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["ratio"]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    routing.end_step()
-    return record | {"lr": rate, "step_tokens": real, "step_targets": targets} | tally.record()
-
-
-def language_loss(model: PreTrainedModel, batch: Batch, *, dtype: str) -> Tensor:
-    """Minus the log-probability, in nats, of all targets of `batch` together: 0-dim float32.
-
-    `dtype` (`float32` or `bfloat16`) is that of the matrix products; the loss itself is float32.
-    """
-    mask = {"token_mask": batch.token_mask} if routing_contexts(model) else {}
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        # No cache: with one, transformers would let packed documents see each other.
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask).logits
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    rate = settings.learning_rate_at(step)
+    update(optimizer, learning_rate=rate)
+    record |= {"lr": rate, "step_tokens": sum(tokens.values()), "step_targets": targets}
+    return record | routing_metrics(moe_layers(model), routing.end_step())
 
 
 @torch.no_grad()
 def held_out_loss(
     model: PreTrainedModel,
-    rows: PackedRows,
+    objective: Objective[BatchT],
+    rows: Rows[BatchT],
     *,
     max_rows: int,
     micro_batch_size: int,
-    dtype: str,
     stop: StopRequest | None = None,
 ) -> tuple[float, int] | None:
-    """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a token, and how many targets.
+    """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a target, and the number of targets.
 
     None when `stop` is asked for before the end.
     """
@@ -183,26 +160,26 @@ def held_out_loss(
             if stop is not None and stop.signal is not None:
                 return None
             batch = rows.batch(range(first, min(first + micro_batch_size, count)))
-            total += float(language_loss(model, batch.to(model.device), dtype=dtype))
-            targets += int((batch.targets != IGNORE).sum())
+            total += float(objective.loss(model, batch))
+            targets += objective.targets(batch)
     finally:
         model.train()
     return total / targets, targets
 
 
 class _Run:
-    """A run between two starts: what its steps read and change, and where they are told."""
+    """One process of a run: its state, its steps, and their records."""
 
-    def __init__(self, config: RunConfig, started: Start, progress: TrainingProgress) -> None:
+    def __init__(self, config: RunConfig, started: Start, progress: Progress) -> None:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
         self.started, self.model = started, started.model
-        betas = (self.settings.beta1, self.settings.beta2)
         self.optimizer = make_optimizer(
             self.model,
             weight_decay=self.settings.weight_decay,
-            betas=betas,
+            betas=(self.settings.beta1, self.settings.beta2),
             router_ratio=self.settings.router_learning_rate_ratio,
         )
+        self.routing = routing_step(self.model)
         self.identity = resume.identity(config, content=started.content)
         self.saved: int | None = None  # the step of the newest checkpoint
         self.position = self._newest_position()
@@ -251,7 +228,13 @@ class _Run:
         began, position, count = time.perf_counter(), self.position, self.config.batch_rows
         rows = rows_at(position.step * count, count=count, total=len(self.started.rows), seed=self.settings.seed)
         record = train_step(
-            self.model, self.optimizer, self.started.rows.batch(rows), step=position.step + 1, settings=self.settings
+            self.model,
+            self.started.rows.batch(rows),
+            objective=self.started.objective,
+            routing=self.routing,
+            optimizer=self.optimizer,
+            step=position.step + 1,
+            settings=self.settings,
         )
         position.step += 1
         position.tokens += record["step_tokens"]
@@ -272,17 +255,17 @@ class _Run:
         if held_out is None or not due or step in evaluations.steps:
             return
         began = time.perf_counter()
-        found = held_out_loss(
+        result = held_out_loss(
             self.model,
+            self.started.objective,
             held_out,
             max_rows=self.config.data.eval_rows,
             micro_batch_size=self.settings.micro_batch_size,
-            dtype=self.settings.dtype,
             stop=stop,
         )
-        if found is None:
+        if result is None:
             return
-        loss, tokens = found
+        loss, tokens = result
         _require_finite({"held-out loss": loss}, step)
         record = {"step": step, "loss": loss, "tokens": tokens, "seconds": time.perf_counter() - began}
         evaluations.write(record)
@@ -325,7 +308,7 @@ class _Run:
         return position
 
     def _require_same_history(self) -> None:
-        """Before a start from step 0: what was reported there without a checkpoint is dropped only for the same run."""
+        """Before a start from step 0: lines of steps without a checkpoint are dropped for the same run only."""
         lines = [line for name in (METRICS, EVALUATIONS) for line in read_json_lines(self.folder / name)]
         if not lines:
             return
@@ -337,12 +320,12 @@ class _Run:
         )
 
 
-def _require_same_finished(config: RunConfig, folder: Path) -> None:
-    """CheckpointError when the run in `folder`, which is finished, is not the one that `config` describes now."""
-    found, sources = recorded_run(folder)
+def _require_same_completed(config: RunConfig, folder: Path) -> None:
+    """CheckpointError when `config` does not describe the completed run in `folder` any more."""
+    identity, sources = recorded_run(folder)
     content = {"model": ModelFolder(config.model).fingerprint()} | text_digests(config.data)
     content |= upcycle_digests(config.upcycle)
-    resume.require_same_run(found | sources, resume.identity(config, content=content), where=folder / FINAL)
+    resume.require_same_run(identity | sources, resume.identity(config, content=content), where=folder / FINAL)
 
 
 def _seed_everything(seed: int) -> None:
@@ -357,9 +340,9 @@ def _require_finite(values: Mapping[str, float], step: int) -> None:
             raise _diverged(step, f"{name} is {value}")
 
 
-def _diverged(step: int, what: str) -> CheckpointError:
+def _diverged(step: int, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"step {step}: {what}; the run stops, and nothing was saved since. Begin a new one with a lower "
+        f"step {step}: {problem}; the run stops, and nothing was saved since. Begin a new one with a lower "
         "train.learning_rate, more train.warmup_steps, or train.dtype = float32"
     )
 

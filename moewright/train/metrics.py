@@ -1,21 +1,21 @@
-"""What a run reports: JSON lines that survive a crash, the load of the experts, and TensorBoard."""
+"""The metrics of a run: JSON lines that survive a crash, the load of the experts, and TensorBoard."""
 
 import importlib
 import json
 import os
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from moewright.checkpoint.files import replace_text
 from moewright.errors import UsageError
 from moewright.moe.layer import MoELayer
+from moewright.moe.step import LayerRouting
 
 
 class JsonLines:
@@ -71,60 +71,37 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
 
 
-class RoutingTally:
-    """The routing of one optimiser step, added up over its micro-batches, kept on the device.
+def routing_metrics(layers: Mapping[int, MoELayer], step: Sequence[LayerRouting]) -> dict[str, Any]:
+    """A step's routing for `metrics.jsonl`: losses as means over the layers, the load of each; empty for a dense model.
 
-    A layer's statistics are those of its last forward pass, so `add` stands after each forward pass.
+    `load` has a list for each of `moe_layers`: the share of the assignments that each expert received.
+    `load_imbalance` is that of the worst layer: the load of its busiest expert over the mean load. `dead_experts`
+    counts those of all layers that no token chose, `dropped_share` the assignments that found no room, over all;
+    `router_norm` is the mean norm of the routers' rows. `layers` has a list of each of these, a number a layer.
     """
-
-    def __init__(self, layers: Mapping[int, MoELayer]) -> None:
-        self.layers = layers
-        self.counts: dict[int, Tensor] = {}
-        self.dropped: dict[int, Tensor] = {}
-        self.losses: dict[int, Tensor] = {}
-
-    def add(self, share: float) -> None:
-        """Count the last forward pass, which read `share` of the step's real tokens."""
-        for number, layer in self.layers.items():
-            stats = layer.stats
-            counts = stats.tokens_per_expert.clone()
-            losses = share * torch.stack([stats.balance_loss, stats.z_loss, stats.entropy])
-            self.counts[number] = self.counts[number] + counts if number in self.counts else counts
-            self.dropped[number] = self.dropped.get(number, 0) + stats.dropped
-            self.losses[number] = self.losses[number] + losses if number in self.losses else losses
-
-    def record(self) -> dict[str, Any]:
-        """For `metrics.jsonl`: losses as means over the layers, the load of each layer; empty for a dense model.
-
-        `load` has a list for each of `moe_layers`: the share of the assignments that each expert received.
-        `load_imbalance` is that of the worst layer: the load of its busiest expert over the mean load. `dead_experts`
-        counts those of all layers that no token chose, `dropped_share` the assignments that found no room, over all;
-        `router_norm` is the mean norm of the routers' rows. `layers` has a list of each of these, a number a layer.
-        """
-        if not self.layers:
-            return {}
-        losses = torch.stack(list(self.losses.values())).t()
-        balance, z, entropy = losses.mean(dim=1).tolist()
-        counts = [counts.double().cpu() for counts in self.counts.values()]
-        layers = {
-            "router_entropy": losses[2].tolist(),
-            "load_imbalance": [float(c.max() / c.mean()) for c in counts],
-            "dead_experts": [int((c == 0).sum()) for c in counts],
-            "dropped_share": [int(d) / float(c.sum()) for d, c in zip(self.dropped.values(), counts, strict=True)],
-            "router_norm": [float(layer.router.norms().mean()) for layer in self.layers.values()],
-        }
-        return {
-            "balance_loss": balance,
-            "z_loss": z,
-            "router_entropy": entropy,
-            "load_imbalance": max(layers["load_imbalance"]),
-            "dead_experts": sum(layers["dead_experts"]),
-            "dropped_share": sum(layers["dropped_share"]) / len(counts),
-            "router_norm": sum(layers["router_norm"]) / len(counts),
-            "layers": layers,
-            "moe_layers": list(self.counts),
-            "load": [[round(share, 6) for share in (c / c.sum()).tolist()] for c in counts],
-        }
+    if not layers:
+        return {}
+    balance, z, entropy = torch.stack([torch.stack(layer[2:]) for layer in step], dim=1)
+    counts = [layer.tokens_per_expert.double().cpu() for layer in step]
+    each = {
+        "router_entropy": entropy.tolist(),
+        "load_imbalance": [float(c.max() / c.mean()) for c in counts],
+        "dead_experts": [int((c == 0).sum()) for c in counts],
+        "dropped_share": [int(layer.dropped) / float(c.sum()) for layer, c in zip(step, counts, strict=True)],
+        "router_norm": [float(layer.router.norms().mean()) for layer in layers.values()],
+    }
+    return {
+        "balance_loss": balance.mean().item(),
+        "z_loss": z.mean().item(),
+        "router_entropy": entropy.mean().item(),
+        "load_imbalance": max(each["load_imbalance"]),
+        "dead_experts": sum(each["dead_experts"]),
+        "dropped_share": sum(each["dropped_share"]) / len(counts),
+        "router_norm": sum(each["router_norm"]) / len(counts),
+        "layers": each,
+        "moe_layers": list(layers),
+        "load": [[round(share, 6) for share in (c / c.sum()).tolist()] for c in counts],
+    }
 
 
 def require_tensorboard() -> None:
@@ -138,7 +115,7 @@ def require_tensorboard() -> None:
 
 
 class Board:
-    """The same metrics for TensorBoard, in `folder`; what it has of steps after `after` is hidden."""
+    """The same metrics for TensorBoard, in `folder`; earlier records of steps after `after` are hidden."""
 
     def __init__(self, folder: Path, *, after: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -152,7 +129,7 @@ class Board:
                 self._writer.add_scalar(f"{group}/{name}", value, record["step"])
 
     def close(self) -> None:
-        """Write what is still in memory."""
+        """Write the records that are still in memory."""
         self._writer.close()
 
 

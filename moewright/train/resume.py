@@ -49,19 +49,19 @@ class Position:
 
 
 def identity(config: RunConfig, *, content: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes this run the run it is: its settings, but of those of `CONTENT` the sha256 instead of the path."""
+    """The settings by which a run is known again; of those in `CONTENT` the sha256 instead of the path."""
     assert set(content) <= set(CONTENT)
     return {name: value for name, value in flatten(config).items() if name not in FREE} | dict(content)
 
 
-def require_same_run(found: Mapping[str, Any], expected: Mapping[str, Any], *, where: Path) -> None:
-    """CheckpointError, naming what has changed, unless both identities agree.
+def require_same_run(recorded: Mapping[str, Any], expected: Mapping[str, Any], *, where: Path) -> None:
+    """CheckpointError, naming the settings that have changed, unless both identities agree.
 
     A setting that one of them lacks has its default there: versions may add settings.
     """
     changed, default = [], defaults(RunConfig)
-    for name in sorted(found.keys() | expected.keys()):
-        was, now = (identity.get(name, default.get(name)) for identity in (found, expected))
+    for name in sorted(recorded.keys() | expected.keys()):
+        was, now = (identity.get(name, default.get(name)) for identity in (recorded, expected))
         if was != now:
             changed.append(f"{name} (other content)" if name in CONTENT else f"{name} ({was} then, {now} now)")
     if changed:
@@ -109,7 +109,7 @@ def restore(
 ) -> Position:
     """Load the checkpoint at `path` into `model`, `optimizer` and the random number generators.
 
-    `note` is told what keeps the run from going on to the last bit as it would have.
+    `note` is called with a reason why the run may go on with other rounding than it would have had.
 
     Raises CheckpointError: it belongs to a run with other settings, model or data.
     """
@@ -144,8 +144,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         for name, target in targets.items():
             tensor = tensors.pop(saved[name])
             if tensor.shape != target.shape:
-                found, wanted = tuple(tensor.shape), tuple(target.shape)
-                raise CheckpointError(f"{path} holds another model: {name} has shape {found}, the model's has {wanted}")
+                saved_shape, shape = tuple(tensor.shape), tuple(target.shape)
+                raise CheckpointError(f"{path} holds another model: {name} is {saved_shape}, the model's is {shape}")
             target.copy_(tensor)
 
 

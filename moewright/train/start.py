@@ -1,32 +1,38 @@
-"""What a run starts from: its model, its rows of tokens, and the content that identifies both."""
+"""The start of a run: its model, its rows of tokens, and the digests that identify both."""
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moewright.backbone.blocks import configure, moe_layers
 from moewright.backbone.device import device_of
-from moewright.backbone.load import load_model
-from moewright.backbone.save import format_of
+from moewright.backbone.formats.base import Format
+from moewright.backbone.load import FolderSource, fill, open_skeleton
+from moewright.backbone.skeleton import embedding_of
+from moewright.backbone.slots import TensorSource
 from moewright.checkpoint.disk import require_space
 from moewright.checkpoint.read import ModelFolder
+from moewright.convert.make import record_of
 from moewright.data.config import DataConfig
 from moewright.data.documents import read_documents
 from moewright.data.pack import PackedRows, pack, shuffled
 from moewright.data.texts import digest, expand
 from moewright.data.tokenizer import load_tokenizer
-from moewright.errors import UsageError
+from moewright.errors import UsageError, settings_written
+from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
 from moewright.train.config import RunConfig, ignored_settings
-from moewright.upcycle.apply import file_digests, upcycle_model
+from moewright.train.objective import CausalLanguageModel
+from moewright.upcycle.apply import file_digests, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
 
 
@@ -36,62 +42,89 @@ class Start:
 
     model: PreTrainedModel
     """float32, on the run's device, in training mode."""
+    objective: CausalLanguageModel
+    """The loss of a batch."""
     rows: PackedRows
-    """What it learns from."""
+    """The text to learn from."""
     held_out: PackedRows | None
-    """What it is evaluated on, if anything."""
+    """The text of evaluations, if there are any."""
     record: dict[str, Any]
     """Where a sparse model comes from, for the `moewright.json` of the trained one."""
     content: dict[str, Any]
-    """sha256 of the model folder, of both sets of rows, and of what upcycling reads, by the setting that chose them."""
+    """sha256 of the model folder, both sets of rows, and the files that upcycling reads, by the setting of each."""
     sources: dict[str, str]
     """`text_digests` of the text."""
 
 
-def start(config: RunConfig, *, cache_dir: Path) -> Start:
-    """Load, and upcycle if asked, the model; read and pack the text, with its temporary files in `cache_dir`.
+def start(
+    config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedModel], None] = lambda model: None
+) -> Start:
+    """Build the model's skeleton, read and pack the text (with temporary files in `cache_dir`), fill the skeleton.
 
-    Raises UsageError, ModelError and DataError for all that can be wrong with either.
+    `prepare` is given the skeleton, whose parameters are on the meta device: here parallelism is applied. By default
+    every parameter stays whole, in this process.
+
+    Raises UsageError, ModelError and DataError for all that can be wrong with model or text, ResourceError for a disk
+    without room for the result; then no weights were read, unless upcycling measures on them.
     """
-    if config.moe.kernel != "auto":
-        kernel_named(config.moe.kernel)
+    with _as_keys(config.moe, table="moe"):
+        if config.moe.kernel != "auto":
+            kernel_named(config.moe.kernel)
     device = device_of(config.train.device)
     source = ModelFolder(config.model)
     _require_possible(config.data, source)
     sources = text_digests(config.data)
+
+    model, written_as, tensors, record = _skeleton(config, source)
+    for text in ignored_settings(config, sparse=bool(moe_layers(model))):
+        warnings.warn(text, stacklevel=2)
+    require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in written_as.slots(model)))
+    if config.train.gradient_checkpointing:
+        recompute_blocks(model)
+    prepare(model)
+
+    tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
+    rows, held_out = _read_rows(config.data, tokenizer, seed=config.train.seed, cache_dir=cache_dir)
+
+    fill(model, written_as, tensors, device=device)
+    configure(model, **asdict(config.moe))
+    return Start(
+        model=model.train(),
+        objective=CausalLanguageModel(dtype=config.train.dtype),
+        rows=rows,
+        held_out=held_out,
+        record=record,
+        content={
+            "model": source.fingerprint(),
+            "data.files": rows.fingerprint(),
+            "data.eval_files": held_out.fingerprint() if held_out else "",
+            **upcycle_digests(config.upcycle),
+        },
+        sources=sources,
+    )
+
+
+def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, TensorSource, dict[str, Any]]:
+    """The model in float32 with its parameters on meta, the format and the source of its tensors, and its record."""
     if config.upcycle is None:
-        model = load_model(config.model, dtype=torch.float32)
+        model, written_as = open_skeleton(source, dtype=torch.float32)
+        tensors: TensorSource = FolderSource(source)
         record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
     else:
-        model, record = upcycle_model(config.model, config.upcycle, dtype=torch.float32)
+        with _as_keys(config.upcycle, table="upcycle"):
+            upcycling = upcycling_of(config.model, config.upcycle, dtype=torch.float32)
+        model, written_as, tensors = upcycling.model, upcycling.format, upcycling.tensors
+        record = record_of(upcycling, [])
     if model.config.is_encoder_decoder:
         raise UsageError(
             f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
         )
-    configure(model, **asdict(config.moe))
-    for text in ignored_settings(config, sparse=bool(moe_layers(model))):
-        warnings.warn(text, stacklevel=2)
-    # What cannot be written at the end is refused now.
-    slots = format_of(model).slots(model)
-    require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in slots))
-    if config.train.gradient_checkpointing:
-        recompute_blocks(model)
-    embedding = model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    rows, held_out = _read_rows(
-        config.data,
-        load_tokenizer(config.model, vocabulary=embedding.num_embeddings),
-        seed=config.train.seed,
-        cache_dir=cache_dir,
-    )
-    content = {
-        "model": source.fingerprint(),
-        "data.files": rows.fingerprint(),
-        "data.eval_files": held_out.fingerprint() if held_out else "",
-        **upcycle_digests(config.upcycle),
-    }
-    nn.Module.to(model, device)  # in place; transformers wraps its own `to` in a way that type checkers misread
-    return Start(model=model.train(), rows=rows, held_out=held_out, record=record, content=content, sources=sources)
+    return model, written_as, tensors, record
+
+
+def _as_keys(settings: MoESettings | UpcycleConfig, *, table: str) -> AbstractContextManager[None]:
+    """Have errors and warnings name these settings as keys of the run file."""
+    return settings_written([field.name for field in fields(settings)], write=lambda name: f"{table}.{name} = ")
 
 
 def text_digests(data: DataConfig) -> dict[str, str]:
@@ -105,13 +138,13 @@ def text_digests(data: DataConfig) -> dict[str, str]:
 
 def upcycle_digests(config: UpcycleConfig | None) -> dict[str, Any]:
     """sha256 of the files that upcycling reads beside the model, by the name of the setting."""
-    return {} if config is None else {f"upcycle.{name}": found for name, found in file_digests(config).items()}
+    return {} if config is None else {f"upcycle.{name}": value for name, value in file_digests(config).items()}
 
 
 def _require_possible(data: DataConfig, source: ModelFolder) -> None:
-    """Refuse what can be told before the model is loaded."""
+    """Refuse settings that do not fit the files, before any weight is read."""
     if twice := {path.resolve() for path in expand(data.files)} & {path.resolve() for path in expand(data.eval_files)}:
-        raise UsageError(f"{min(twice)} is in data.files and in data.eval_files: hold out what is not trained on")
+        raise UsageError(f"{min(twice)} is in data.files and in data.eval_files: hold out other files")
     positions = source.config.get("max_position_embeddings")
     if isinstance(positions, int) and data.sequence_length > positions:
         raise UsageError(
@@ -130,19 +163,11 @@ def recompute_blocks(model: PreTrainedModel) -> None:
 def _read_rows(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, cache_dir: Path
 ) -> tuple[PackedRows, PackedRows | None]:
-    def packed(documents: datasets.Dataset) -> PackedRows:
-        return pack(
-            documents,
-            tokenizer,
-            sequence_length=data.sequence_length,
-            seed=seed,
-            cache_dir=cache_dir,
-        )
-
-    documents = read_documents(data.files, field=data.text_field, cache_dir=cache_dir)
+    read = partial(read_documents, field=data.text_field, cache_dir=cache_dir)
+    packed = partial(pack, tokenizer=tokenizer, sequence_length=data.sequence_length, seed=seed, cache_dir=cache_dir)
+    documents = read(data.files)
     if data.eval_files:
-        held_out = read_documents(data.eval_files, field=data.text_field, cache_dir=cache_dir)
-        return packed(documents), packed(held_out)
+        return packed(documents), packed(read(data.eval_files))
     if not data.eval_fraction:
         return packed(documents), None
     if len(documents) < 2:

@@ -1,4 +1,4 @@
-"""What an upcycling does; importing this imports no torch."""
+"""The settings of an upcycling; importing this imports no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -27,7 +27,7 @@ FROM_DATA: Final = ("centroids", "prompts")
 """The router starts that come from hidden states."""
 
 PATHS: Final = ("siblings", "prompts", "calibration_text")
-"""The fields that name files: a record of a model holds what was in them instead."""
+"""The fields that name files; the record of a model holds digests of their content instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,8 @@ class UpcycleConfig:
     """Standard deviation of `normal` and `orthogonal` rows; by default 0.02, and 0.05/sqrt(D) for `softmax-topk`."""
 
     router_logit_std: float | None = None
-    """Deviation of the logits that rows from data start with; by default what normal rows would give: 0.02 sqrt(D), and
-    0.05 for `softmax-topk`."""
+    """Deviation of the logits that rows from data start with; by default that of normal rows: 0.02 sqrt(D), and 0.05
+    for `softmax-topk`."""
 
     prompts: str | None = None
     """For `router_start = prompts`: a JSON file, a list with a list of texts for each of the N/G virtual groups."""
@@ -129,8 +129,8 @@ class UpcycleConfig:
     """How it joins the routed experts: `added`, `gated` by a sigmoid, or `residual` (a softmax of two)."""
 
     shared_neurons: SharedNeurons = "first"
-    """What it holds: the `first` neurons of the block or the most `important`, which the routed experts then lack, or
-    `new` ones beside the block, whose output starts at zero."""
+    """Its neurons: the `first` of the block or the most `important`, which the routed experts then lack, or `new` ones
+    beside the block, whose output starts at zero."""
 
     siblings: tuple[str, ...] = ()
     """Folders of further models fine-tuned from the same one: each gives experts, all else is the mean
@@ -238,7 +238,7 @@ class UpcycleConfig:
 
     @property
     def changes(self) -> Changes:
-        """What is changed in each expert."""
+        """The changes made in each expert."""
         return Changes(noise=self.noise, redraw=self.redraw, redraw_sets=self.redraw_sets, seed=self.seed)
 
     @property
@@ -280,7 +280,7 @@ class UpcycleConfig:
     def ignored(self) -> list[str]:
         """Settings that come to no effect, in words."""
         from_data, start = self.router_start in FROM_DATA, self.router_start
-        found = [
+        settings = [
             ("redraw_sets", "redraw is 0", self.redraw_sets != "shared" and not self.redraw),
             ("common_neurons", f"neurons is {self.neurons}", bool(self.common_neurons) and self.neurons != "important"),
             ("router_std", f"router_start is {start}", self.router_std is not None and (from_data or start == "zeros")),
@@ -289,7 +289,7 @@ class UpcycleConfig:
             ("shared_mode", "shared_size is 0", self.shared_mode != "added" and not self.shared_size),
             ("shared_neurons", "shared_size is 0", self.shared_neurons != "first" and not self.shared_size),
         ]
-        return [f"{name}={getattr(self, name)} is ignored: {why}" for name, why, is_ignored in found if is_ignored]
+        return [f"{name}={getattr(self, name)} is ignored: {why}" for name, why, is_ignored in settings if is_ignored]
 
     def resolved_order(self) -> RouterOrder:
         """The router order, with its default in place.
@@ -320,14 +320,12 @@ class UpcycleConfig:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What a record of the model holds: everything but the names of files."""
+        """The settings in the record of a model: all but the names of files."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in PATHS}
 
 
 def require_siblings_fit(*, siblings: int, experts: int, granularity: int) -> None:
     """`UsageError` unless every sibling owns equally many virtual groups, one at least."""
-    if siblings < 2:
-        raise UsageError(f"{siblings} model to mix: branch-train-mix takes two or more fine-tuned siblings")
     if experts % (granularity * siblings):
         raise UsageError(
             f"experts={experts} with granularity={granularity} and {siblings} siblings: each owns equally many virtual "

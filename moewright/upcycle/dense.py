@@ -1,4 +1,4 @@
-"""The dense model that is upcycled, or the siblings that are mixed: what is read of them, a tensor at a time."""
+"""The dense model that is upcycled, or the siblings that are mixed, read a tensor at a time."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moewright.backbone.formats.choose import is_sparse
 from moewright.backbone.load import open_skeleton
 from moewright.backbone.skeleton import has_tied_head
+from moewright.backbone.slots import Slices
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError
 from moewright.family.row import Family
@@ -33,25 +34,25 @@ class DenseSource:
         self.backbone: PreTrainedConfig = self.model.config
         self.family: Family = family_of(self.backbone)
         self._granularity = granularity
-        self._block: dict[tuple[int, str], Tensor] = {}  # what was read of the layer at hand
+        self._block: dict[tuple[int, str], Tensor] = {}  # the tensors of the layer at hand
         self._layer = -1
 
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds what all of them store."""
+        """The narrowest dtype that holds the weights of all of them."""
         return reduce(torch.promote_types, (folder.dtype() for folder in self.folders))
 
-    def tensor(self, parameter: str, *, dtype: torch.dtype) -> Tensor:
-        """A parameter of the model, rounded once."""
+    def tensor(self, parameter: str, *, dtype: torch.dtype, index: Slices | None = None) -> Tensor:
+        """A parameter of the model, or the part `index` of it, rounded once."""
         name = self.family.on_disk(parameter)
         if len(self.folders) == 1:
-            return self.folders[0].read(name).to(dtype)
-        return average((folder.read(name) for folder in self.folders), name=name, dtype=dtype)
+            return self.folders[0].read(name, index).to(dtype)
+        return average((folder.read(name, index) for folder in self.folders), name=name, dtype=dtype)
 
     def part(self, part: str, *, layer: int, expert: int, dtype: torch.dtype) -> Tensor:
         """A part of a layer's dense block: as stored, of the model that the expert comes from; or the mean of all.
 
-        `expert` is -1 for a shared expert, to which the mean belongs, in `dtype`, or float32 where that is wider. What
-        was read is kept until another layer is asked for.
+        `expert` is -1 for a shared expert, to which the mean belongs, in `dtype`, or float32 where that is wider.
+        Tensors stay in memory until another layer is asked for.
         """
         name, rows = self.family.projection(self.backbone, part, layer)
         if layer != self._layer:
@@ -81,12 +82,11 @@ def dense_model(folders: Sequence[ModelFolder]) -> PreTrainedModel:
                 f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
             )
         models.append(open_skeleton(folder)[0])
-    if len(folders) > 1:
-        check_siblings(folders)
-        for folder, model in zip(folders, models, strict=True):
-            if has_tied_head(model) != has_tied_head(models[0]):
-                raise ModelError(
-                    f"{folder.path} is no sibling of {folders[0].path}: only one of them has tied embeddings; mix "
-                    "models fine-tuned from one model"
-                )
+    check_siblings(folders)
+    for folder, model in zip(folders, models, strict=True):
+        if has_tied_head(model) != has_tied_head(models[0]):
+            raise ModelError(
+                f"{folder.path} is no sibling of {folders[0].path}: only one of them has tied embeddings; mix models "
+                "fine-tuned from one model"
+            )
     return models[0]

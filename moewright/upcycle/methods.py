@@ -1,11 +1,13 @@
-"""What each expert's weights start as.
+"""The weights that experts start with.
 
 Letters: D model width, W width of the dense block, F expert width, E experts, K experts a token, G granularity.
 
-An expert's tensor is made in three steps, each a choice of its own: the neurons it holds (`neurons.py`), taken from a
-part of the dense block (`take`); what is changed in them (`changed`); what they are multiplied by, and one rounding to
-the dtype to be written (`scaled`). A block has the parts `gate` and `up`, (W, D), or `up` alone, `down`, (D, W), maybe
-`gate_bias` and `up_bias`, (W,), and `down_bias`, (D,), which belongs to the block and to no neuron (`bias_factors`).
+An expert's tensor is made in three steps, each a choice of its own: its neurons (`neurons.py`) are taken from a part of
+the dense block (`take`); some are drawn anew, and noise is added (`changed`); they are multiplied by a factor, and
+rounded once to the dtype to be written (`scaled`).
+
+A block has the parts `gate` and `up`, (W, D), or `up` alone, `down`, (D, W), maybe `gate_bias` and `up_bias`, (W,), and
+`down_bias`, (D,), which belongs to the block and to no neuron (`bias_factors`).
 """
 
 from typing import Final
@@ -90,7 +92,7 @@ def redrawn_neurons(width: int, part: str, *, changes: Changes, layer: int, expe
 
 
 def redrawn(piece: Tensor, part: str, *, neurons_N: Tensor, draws: torch.Generator) -> Tensor:
-    """The neurons' share drawn anew from N(mean, std^2), the mean and the deviation of what is replaced.
+    """The neurons' share drawn anew from N(mean, std^2), the mean and the deviation of the weights replaced.
 
     One mean and one deviation for all elements replaced (Drop-Upcycling, arXiv 2502.19261, section 3). A new tensor,
     float32 or wider.
@@ -124,7 +126,7 @@ def scaled(piece: Tensor, *, factor: float | Tensor, dtype: torch.dtype) -> Tens
 
 
 def share_factors(mode: SharedMode) -> tuple[float, float]:
-    """What (each routed expert, the shared expert) is multiplied by so that both count in full at step 0.
+    """The factors of (each routed expert, the shared expert) with which both count in full at step 0.
 
     The shared expert's gate starts from zeros: `gated`, it weighs it sigmoid(0) = 1/2; `residual`, both a softmax
     of two zeros, 1/2. `added` weighs neither. The factor of the routed ones is on top of the scale S, which is
@@ -135,7 +137,7 @@ def share_factors(mode: SharedMode) -> tuple[float, float]:
 
 
 def bias_factors(*, weight_sum: float = 1.0, shared_mode: SharedMode | None = None) -> tuple[float, float]:
-    """What the block's output bias b is multiplied by in (each routed expert, the shared expert).
+    """The factors of the block's output bias b in (each routed expert, the shared expert).
 
     Every expert holds all of it, so a token gets s b from its experts, s the sum of its combine weights: 1 under
     topk-softmax, whatever K and G. `weight_sum` is the s that the scale S = G / s of the weights reckons with: K / N

@@ -1,9 +1,9 @@
-"""What the router's rows start as.
+"""The rows that a router starts with.
 
 Letters: T tokens, D model width, E experts, G granularity, M = E / G virtual groups, P prompts.
 
 Each function makes one row for each virtual group, (M, D) in float32; `repeated` gives each of a group's experts its
-row. Hidden states are what the router reads: the input of the feed-forward block, behind the norm.
+row. Hidden states are the inputs of the router: those of the feed-forward block, behind the norm.
 
 **How large rows should be.** Behind an RMS norm of weight 1 a token has length sqrt(D), so rows from N(0, std^2)
 give logits of deviation std * sqrt(D). With N(0, 1), as mergekit's `random` gates are, that is 64 at D = 4096: the
@@ -19,44 +19,39 @@ from torch import Tensor, nn
 
 from moewright.errors import DataError, UsageError
 from moewright.upcycle.cluster import balanced_clusters, unit_rows
-from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.config import FROM_DATA, UpcycleConfig
 from moewright.upcycle.seeds import generator
 
 SAME = 1e-4
 """Rows nearer to each other than this times their length are one row to bfloat16, and to us."""
 
 
-def start_rows(
-    config: UpcycleConfig,
-    *,
-    hidden_size: int,
-    layer: int,
-    inputs_TD: Tensor | None = None,
-    states: Sequence[Sequence[Tensor]] | None = None,
+def start_router(
+    config: UpcycleConfig, rows_MD: Tensor | None, *, hidden_size: int, layer: int, dtype: torch.dtype
 ) -> Tensor:
-    """The rows of a layer's router for a resolved config, (M, D): `normal`, `zeros`, `orthogonal`, or from data.
+    """A layer's router at the start for a resolved config, (E, D) in `dtype`: of the rows measured, or else drawn.
 
-    `inputs_TD` are hidden states for `centroids`, `states` those of each group's prompts for `prompts`.
+    Each group's row is repeated for each of its experts, so that their logits tie.
     """
+    if rows_MD is None:
+        rows_MD = drawn_rows(config, hidden_size=hidden_size, layer=layer)
+    return repeated(rows_MD, granularity=config.tied, dtype=dtype)
+
+
+def drawn_rows(config: UpcycleConfig, *, hidden_size: int, layer: int) -> Tensor:
+    """The rows that a resolved config draws for a layer, (M, D): `normal`, `orthogonal`, or `zeros`."""
+    assert config.router_start not in FROM_DATA, "rows from data are measured before the router is made"
+    assert config.router_std is not None, "a resolved config"
     groups, seed, std = config.groups, config.seed, config.router_std
-    assert std is not None and config.router_logit_std is not None, "a resolved config"  # noqa: PT018
     if config.router_start == "zeros":
         return zero_rows(groups, hidden_size=hidden_size)
     if config.router_start == "orthogonal":
         return orthogonal_rows(groups, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
-    if config.router_start == "centroids":
-        assert inputs_TD is not None, "hidden states are observed before the router is made"
-        rows_MD = centroid_rows(inputs_TD, groups=groups, seed=seed, layer=layer)
-        return with_logit_std(rows_MD, inputs_TD, std=config.router_logit_std)
-    if config.router_start == "prompts":
-        assert states is not None, "prompts are read before the router is made"
-        all_TD = torch.cat([state_TD for prompts in states for state_TD in prompts])
-        return with_logit_std(prompt_rows(states), all_TD, std=config.router_logit_std)
     return normal_rows(groups, hidden_size=hidden_size, std=std, seed=seed, layer=layer)
 
 
 def repeated(rows_MD: Tensor, *, granularity: int, dtype: torch.dtype) -> Tensor:
-    """The router (E, D) in `dtype`: each group's row for each of its G experts, so that their logits tie."""
+    """Each row G times, (M G, D) in `dtype`."""
     return rows_MD.to(dtype).repeat_interleave(granularity, dim=0)
 
 
@@ -82,7 +77,10 @@ def orthogonal_rows(groups: int, *, hidden_size: int, std: float, seed: int, lay
     For Gaussian inputs logits are then independent, and of equal spread. `UsageError` for more groups than D.
     """
     if groups > hidden_size:
-        raise UsageError(f"{groups} orthogonal router rows of width {hidden_size}: there are {hidden_size} at most")
+        raise UsageError(
+            f"router_start=orthogonal with {groups} virtual groups of experts: at most {hidden_size} rows are at right "
+            "angles in that width; use fewer groups, or normal rows"
+        )
     rows_MD = torch.empty(groups, hidden_size)
     return nn.init.orthogonal_(rows_MD, gain=std * hidden_size**0.5, generator=generator(seed, layer=layer))
 
@@ -91,9 +89,9 @@ def centroid_rows(x_TD: Tensor, *, groups: int, seed: int, layer: int) -> Tensor
     """Rows of length 1 towards the centroids of M balanced clusters of hidden states; not yet scaled.
 
     Clusters are of directions from the mean token. The last T mod M tokens are left out, so that clusters are equal.
-    Raises `UsageError` for less than two groups, `DataError` for fewer tokens than groups or tokens that do not differ.
+    Raises `DataError` for fewer tokens than groups or tokens that do not differ.
     """
-    _require_groups(groups)
+    assert groups > 1, "UpcycleConfig refuses a router without a choice"
     x_TD = x_TD[: len(x_TD) // groups * groups]
     if not len(x_TD):
         raise DataError(f"too few tokens to find {groups} clusters of them: give more text")
@@ -112,10 +110,8 @@ def prompt_rows(states: Sequence[Sequence[Tensor]]) -> Tensor:
     group as the mean of its prompts. This is the idea of mergekit-moe's `hidden_avg` gates (`hidden` takes the last
     token), which read the residual stream before the layer, and leave all that the groups have in common in.
 
-    Raises `UsageError` for less than two groups, `DataError` for a group without tokens and for groups whose prompts
-    cannot be told apart.
+    Raises `DataError` for a group without tokens and for groups whose prompts cannot be told apart.
     """
-    _require_groups(len(states))
     for group, prompts in enumerate(states):
         if not prompts or not all(len(state_TD) for state_TD in prompts):
             raise DataError(f"no prompt, or an empty one, for router group {group}: each group needs some text")
@@ -126,7 +122,7 @@ def prompt_rows(states: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def contrasted(means_MD: Tensor, mean_D: Tensor) -> Tensor:
-    """What each mean has that the others have not, as rows of length 1, at right angles to the mean token.
+    """The share of each mean that the others have not, as rows of length 1, at right angles to the mean token.
 
     Hidden states share a large part. As part of the rows it would add the same to all logits of a token, and as soon as
     rows get equal lengths, not even the same; and a row with a share along `mean_D` is liked, or not, by all tokens
@@ -157,24 +153,13 @@ def contrasted(means_MD: Tensor, mean_D: Tensor) -> Tensor:
 def with_logit_std(rows_MD: Tensor, x_TD: Tensor, *, std: float) -> Tensor:
     """Rows times the one number that gives the logits of these hidden states the deviation `std` over groups.
 
-    It is the root of the mean over tokens of the variance over the M groups (over M - 1): what the softmax sees. Rows
+    It is the root of the mean over tokens of the variance over the M groups (over M - 1), as the softmax sees it. Rows
     from N(0, s^2) have s * sqrt(D) for tokens of length sqrt(D). Computed in float32, or float64 for such rows.
 
-    Raises `UsageError` for less than two groups or a std that is none, `DataError` if no logits differ.
+    Raises `DataError` if no logits differ.
     """
-    _require_groups(len(rows_MD))
-    if not 0.0 < std < float("inf"):
-        raise UsageError(f"logit std {std}: it must be a finite number above 0")
     logits_TM = x_TD.to(rows_MD.dtype) @ rows_MD.t()
-    found = float(logits_TM.var(dim=1, correction=1).mean().sqrt())
-    if not 0.0 < found < float("inf"):
-        raise DataError(f"router logits on the text given have a deviation of {found}: give text like that of use")
-    return rows_MD * (std / found)
-
-
-def _require_groups(groups: int) -> None:
-    if groups < 2:
-        raise UsageError(
-            f"{groups} virtual group of experts: a token has nothing to choose between; use more experts, a smaller "
-            "granularity, or normal router rows"
-        )
+    std_now = float(logits_TM.var(dim=1, correction=1).mean().sqrt())
+    if not 0.0 < std_now < float("inf"):
+        raise DataError(f"router logits on the text given have a deviation of {std_now}: give text like that of use")
+    return rows_MD * (std / std_now)

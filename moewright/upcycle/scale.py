@@ -3,8 +3,8 @@
 Letters: D model width, E experts (N in arXiv 2410.07524), K experts a token (T there), G granularity.
 
 With complete virtual groups the sparse layer computes `(s / G) * S * dense(x)`, where s is the sum of
-a token's combine weights and S the product of what the linear branches are scaled by. So S = G / s
-gives the dense layer back; what s is depends on the router order. In a split without growth S = K / s, with which
+a token's combine weights and S the product of the factors of the linear branches. So S = G / s
+gives the dense layer back; s depends on the router order. In a split without growth S = K / s, with which
 each part that a token is sent to counts in full, if its experts have equal weights (`neurons.neuron_factors`).
 """
 
@@ -25,7 +25,7 @@ SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Factors:
-    """What the projections of a block and their biases are multiplied by; without a gate, `gate` stands idle."""
+    """The factors of a block's projections and of their biases; without a gate, `gate` stands idle."""
 
     gate: float = 1.0
     up: float = 1.0
@@ -73,7 +73,7 @@ def published(total: float, moe: MoEConfig) -> Factors:
 
 
 def factors(config: UpcycleConfig, moe: MoEConfig, *, weight_sum: float | None = None) -> Factors:
-    """The factors of one layer for a resolved config; `moe` says what form its experts have.
+    """The factors of one layer for a resolved config; `moe` is its shape, with the form of its experts.
 
     `weight_sum` is the mean over tokens of the sum of a token's combine weights, for `calibrated`. With common neurons
     `neurons.neuron_factors` are on top, of which the K of the others is a part.
@@ -87,15 +87,15 @@ def factors(config: UpcycleConfig, moe: MoEConfig, *, weight_sum: float | None =
     elif config.scale == "uniform" and config.router_order == "softmax-topk":
         mean = T / N  # equation 2 of the paper takes each of the N experts to have probability 1/N
     if config.scale == "none":
-        found = Factors()
+        spread = Factors()
     elif config.scale == "uniform":
-        found = published(G / mean, moe)
+        spread = published(G / mean, moe)
     else:
-        found = balanced(count / mean, degree=degree_of(moe))
+        spread = balanced(count / mean, degree=degree_of(moe))
     mode = moe.shared_mode if moe.shared_size else None
     routed, shared = (1.0, 1.0) if mode is None else share_factors(mode)
     bias, shared_bias = bias_factors(weight_sum=mean, shared_mode=mode)
-    return replace(found, down=found.down * routed, down_bias=bias, shared_down=shared, shared_down_bias=shared_bias)
+    return replace(spread, down=spread.down * routed, down_bias=bias, shared_down=shared, shared_down_bias=shared_bias)
 
 
 def mean_weight_sum(x_TD: Tensor, router_ED: Tensor, *, top_k: int) -> float:
@@ -111,7 +111,7 @@ def mean_weight_sum(x_TD: Tensor, router_ED: Tensor, *, top_k: int) -> float:
 def expected_weight_sum(
     router_ED: Tensor, scale_D: Tensor, *, shift_D: Tensor | None = None, top_k: int, seed: int
 ) -> float:
-    """The same for inputs that nobody has measured.
+    """The same without measured inputs.
 
     The layer reads a norm: its inputs are taken as independent Gaussians with the norm's weights for standard
     deviations and its biases for means, and the mean as that over 4096 seeded draws, in float64.

@@ -1,7 +1,7 @@
 """One generator of random numbers for each thing that is drawn.
 
-What is drawn for a layer depends on the seed and on the layer, and not on what was drawn before it: a tensor can be
-made alone, in any order, and comes out the same.
+The draws for a layer depend on the seed and on the layer, and not on earlier draws: a tensor can be made alone, in any
+order, and comes out the same.
 """
 
 import zlib
@@ -12,9 +12,9 @@ _MASK = (1 << 64) - 1
 
 
 def generator(seed: int, *, layer: int, stream: str = "router", expert: int = 0) -> torch.Generator:
-    """A CPU generator for one `stream` (a word for what is drawn) of one expert of one layer."""
+    """A CPU generator for one `stream` (a word for the thing drawn) of one expert of one layer."""
     value = _mixed(seed * 0x9E3779B97F4A7C15 + (layer + 1) * 0xD1342543DE82EF95)
-    if stream != "router":  # whose rows are to stay what they were when they were all that was drawn
+    if stream != "router":  # whose rows stay those of the time when nothing else was drawn
         value = _mixed(value + zlib.crc32(stream.encode()) * 0x9E3779B97F4A7C15)
         value = _mixed(value + (expert + 1) * 0xD1342543DE82EF95)
     return torch.Generator().manual_seed(value >> 1)

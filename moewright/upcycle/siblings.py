@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.untrusted import file_inside, read_json
-from moewright.errors import ModelError, UsageError
+from moewright.errors import ModelError
 from moewright.family.config import backbone_config
 from moewright.family.table import family_of
 
@@ -24,8 +24,8 @@ HARMLESS: Final = frozenset(
         *("output_hidden_states", "id2label", "label2id", "problem_type"),
     }
 )
-"""Config fields that change nothing of what weights compute: where weights come from, how they are stored, defaults of
-calls, and tokens of the dialogue, which fine-tuning may move."""
+"""Config fields without influence on the model's function: origin and storage of weights, defaults of calls, and tokens
+of the dialogue, which fine-tuning may move."""
 
 
 def sibling_of(expert: int, *, granularity: int, siblings: int) -> int:
@@ -66,19 +66,16 @@ def average(tensors: Iterable[Tensor], *, name: str, dtype: torch.dtype) -> Tens
 def check_siblings(folders: Sequence[ModelFolder]) -> None:
     """Whether the folders hold models of one shape, that read text the same way; headers and JSON are read, no weights.
 
-    Compared with the first: config fields, with the family's defaults in place (but for those that change nothing of
-    what weights compute), names and shapes of tensors, and the vocabulary of tokenizer.json where both have one.
-    Raises `ModelError` naming the first difference, `UsageError` for less than two folders.
+    Compared with the first: config fields, with the family's defaults in place (but for the `HARMLESS` ones), names and
+    shapes of tensors, and the vocabulary of tokenizer.json where both have one.
+    Raises `ModelError` naming the first difference.
     """
-    if len(folders) < 2:
-        raise UsageError(f"{len(folders)} model to mix: branch-train-mix takes two or more fine-tuned siblings")
     first = folders[0]
     for other in folders[1:]:
         for difference in (_config_difference, _tensor_difference, _vocabulary_difference):
-            what = difference(first, other)
-            if what is not None:
+            if (reason := difference(first, other)) is not None:
                 raise ModelError(
-                    f"{other.path} is no sibling of {first.path}: {what}; mix models fine-tuned from one model"
+                    f"{other.path} is no sibling of {first.path}: {reason}; mix models fine-tuned from one model"
                 )
 
 
@@ -107,7 +104,7 @@ def _tensor_difference(first: ModelFolder, other: ModelFolder) -> str | None:
 
 
 def _weights(folder: ModelFolder) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, without what a folder may hold or not: a tied output embedding, rotary frequencies."""
+    """Shapes by name, without tensors that a folder may lack: a tied output embedding, rotary frequencies."""
     config = backbone_config(folder.config)
     family = family_of(config)
     head = family.on_disk(family.head)

@@ -1,4 +1,4 @@
-"""Expert kernels by name: `loop` says in the plainest way what all of them compute, and is their oracle."""
+"""Expert kernels by name; `loop` is the plainest, and the oracle of all others."""
 
 import logging
 from functools import lru_cache
@@ -25,7 +25,7 @@ KERNELS: Final[dict[str, Kernel]] = {
 
 
 def kernel_named(name: str) -> Kernel:
-    """The kernel of that name; `UsageError` lists the names there are, or says what must be installed for it."""
+    """The kernel of that name; `UsageError` lists the names there are, or the package that must be installed."""
     if name not in KERNELS:
         raise UsageError(f"kernel={name!r}: choose one of {', '.join(sorted(KERNELS))}")
     if name == "triton":

@@ -63,10 +63,10 @@ def _compiler() -> list[str]:
     """`CXX`, which may be a command with arguments, or the first C++ compiler that there is."""
     if given := os.environ.get("CXX"):
         return shlex.split(given)
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if found is None:
+    compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
         raise FileNotFoundError("there is no C++ compiler: install g++ or clang++, or set CXX to one")
-    return [found]
+    return [compiler]
 
 
 def _identity(compiler: list[str]) -> str:

@@ -162,8 +162,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _gradients(ctx: Any, d_y_TD: Tensor, d_hidden: None) -> tuple[Tensor | None, ...]:
     trained = list(ctx.needs_input_grad[5:9])
-    d_x, d_weight, *found = _backward(d_y_TD, *ctx.saved_tensors, *ctx.form, trained)
-    gradients = (gradient if wanted else None for gradient, wanted in zip(found, trained, strict=True))
+    d_x, d_weight, *of_parameters = _backward(d_y_TD, *ctx.saved_tensors, *ctx.form, trained)
+    gradients = (gradient if wanted else None for gradient, wanted in zip(of_parameters, trained, strict=True))
     return d_x, d_weight, None, None, None, *gradients, None, None, None
 
 

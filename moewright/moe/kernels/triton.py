@@ -23,31 +23,12 @@ from moewright.moe.activations import activation_named
 from moewright.moe.exchange import Permutation
 from moewright.moe.experts import ExpertWeights
 
-_ACTIVATIONS: Final = {
-    "gelu": "gelu",
-    "gelu_10": "gelu_10",
-    "gelu_accurate": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
+SAME: Final = {
+    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), "gelu_tanh"),
     "gelu_python": "gelu",
-    "gelu_python_tanh": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "hardswish": "hardswish",
-    "laplace": "laplace",
-    "leaky_relu": "leaky_relu",
-    "linear": "linear",
-    "mish": "mish",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "relu2": "relu2",
-    "relu6": "relu6",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
-    "swiglu_oai": "swiglu_oai",
     "swish": "silu",
-    "tanh": "tanh",
 }
-"""Name in a config -> name in `triton_activations`."""
+"""Activations of several names -> their one name in `triton_activations`."""
 
 _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,7 +58,7 @@ def triton(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     token_N, position_TK, order_N, ends_E, partial = permutation
     y_TD: Tensor = _experts(
         x_TD, weights_TK, *experts[:4], token_N, order_N, position_TK, ends_E,
-        _ACTIVATIONS[experts.activation], experts.gated, partial, keep,
+        SAME.get(experts.activation, experts.activation), experts.gated, partial, keep,
     )[0]  # fmt: skip
     return y_TD
 

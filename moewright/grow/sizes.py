@@ -15,13 +15,13 @@ from moewright.grow.maps import layer_map
 def sizes_of(config: PreTrainedConfig) -> Sizes:
     """The sizes that growth changes; `ModelError` where encoder and decoder have different ones."""
     stacks = family_of(config).stacks
-    found = {tuple(getattr(config, name) for name in (stack.size, stack.count, stack.heads)) for stack in stacks}
-    if len(found) > 1:
+    sizes = {tuple(getattr(config, name) for name in (stack.size, stack.count, stack.heads)) for stack in stacks}
+    if len(sizes) > 1:
         raise ModelError(
             f"encoder and decoder of this {config.model_type} model differ in layers, heads or feed-forward width; "
             "growing such a model is not supported yet"
         )
-    intermediate_size, layers, heads = found.pop()
+    intermediate_size, layers, heads = sizes.pop()
     return Sizes(
         hidden_size=config.hidden_size,
         intermediate_size=intermediate_size,

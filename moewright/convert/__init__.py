@@ -1,0 +1,1 @@
+"""A model becomes another model: the part that growing, upcycling and their like share."""

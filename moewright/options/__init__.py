@@ -1,0 +1,1 @@
+"""The verbs of the command line: the table, and the parser made of it."""
