@@ -50,6 +50,8 @@ def test_folders_of_others_are_read_computed_and_written_back(tmp_path, monkeypa
     ours, wanted = load_model(tmp_path / "theirs"), logits_of(theirs, INPUT)
     assert relative(logits_of(ours, INPUT), wanted) < 2e-6
     again = save_model(ours, tmp_path / "again")
+    fields = json.loads((again / "config.json").read_text())
+    assert (fields["scoring_func"], fields["topk_method"]) == ("sigmoid", "noaux_tc")
     assert relative(logits_of(plain_transformers(again), INPUT), wanted) < 2e-6
     stored, source = (load_file(path / "model.safetensors") for path in (again, tmp_path / "theirs"))
     assert all(torch.equal(stored[name], tensor) for name, tensor in source.items())
@@ -116,6 +118,9 @@ def test_no_dense_family_becomes_one():
         ({"n_group": 3, "topk_group": 1}, "num_groups=3 with num_experts=8"),
         ({"n_shared_experts": 0}, "n_shared_experts=0"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace=-1"),
+        ({"scoring_func": "softmax"}, "scoring_func='softmax': transformers scores experts with a sigmoid"),
+        ({"topk_method": "greedy"}, "topk_method='greedy'"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ({"n_routed_experts": 16}, "calls for [16, 32]"),
         ({"quantization_config": {"quant_method": "fp8"}}, "FineGrainedFP8Config(dequantize=True)"),
     ],

@@ -139,7 +139,13 @@ DEEPSEEK_V3: Final = SigmoidRouters(
     architecture="DeepseekV3ForCausalLM",
     backbones=("deepseek_v3",),
     parts=SIGMOID_PARTS,
-    rows=sigmoid_rows(groups=(8, 4), scale=2.5),
+    rows=(
+        *sigmoid_rows(groups=(8, 4), scale=2.5),
+        # transformers does not read these, but serving runtimes take others for a missing one.
+        Constant("scoring_func", "sigmoid", "transformers scores experts with a sigmoid whatever the config says"),
+        Constant("topk_method", "noaux_tc", "transformers chooses experts with a bias whatever the config says"),
+        Constant("moe_layer_freq", 1, "transformers makes every layer after the dense ones sparse"),
+    ),
     sparse=LastLayers("first_k_dense_replace", default=3),
     runtimes=NOT_READ,
 )
