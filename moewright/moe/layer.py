@@ -36,7 +36,7 @@ class MoELayer(nn.Module):
     balance_coefficient: Tensor
     """0-dim float32: what the balance loss is multiplied with, in place of `balance_loss`, if there is adaptation."""
     previous_counts: Tensor
-    """(E,) float32, assignments to each expert in the step before over all ranks, 0 with one rank: for the global balance
+    """(E,) float32, assignments to each expert in the step before over all ranks, 0 with one: for the global balance
     loss."""
 
     def __init__(
