@@ -17,6 +17,8 @@ class MoewrightError(Exception):
     """
 
     exit_code: ClassVar[int] = 70
+    told = False
+    """Whether another process of the same run tells the user."""
 
 
 class UsageError(MoewrightError, ValueError):

@@ -1,0 +1,126 @@
+"""The processes of a run: who they are, and the little that they say to one another outside of the model."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from moewright.errors import MoewrightError, UsageError
+
+TIMEOUT: Final = timedelta(minutes=10)
+"""How long a rank waits for another one before it gives up."""
+CPU: Final = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among all of a run; the default is a process alone, which has no group and waits for nobody.
+
+    Every rank must call the methods in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+    """Where its tensors are."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to the user."""
+        return self.rank == 0
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """All ranks; None for a process alone."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    def gathered(self, values: Sequence[int]) -> list[list[int]]:
+        """The values of each rank, in the order of ranks; all give equally many."""
+        if self.size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
+        everyones = mine.new_empty(self.size * len(values))
+        dist.all_gather_into_tensor(everyones, mine)
+        rows: list[list[int]] = everyones.view(self.size, -1).tolist()
+        return rows
+
+    def totals(self, values: Tensor) -> Tensor:
+        """The sums over all ranks; `values`, float64, is not changed."""
+        if self.size == 1:
+            return values
+        values = values.to(self.device, copy=True)
+        dist.all_reduce(values)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """Whether it is true on at least one rank."""
+        return any(row[0] for row in self.gathered([value]))
+
+    def from_first(self, value: int) -> int:
+        """The value that the first rank has."""
+        return self.gathered([value])[0][0]
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """A block that all ranks leave together: if one fails, all raise, and the first that failed tells the user.
+
+        Within the block no rank may wait for another one.
+        """
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            code = error.exit_code if isinstance(error, MoewrightError) else MoewrightError.exit_code
+            codes = [row[0] for row in self.gathered([code])]
+            if isinstance(error, MoewrightError):
+                error.told = any(codes[: self.rank])
+            raise
+        codes = [row[0] for row in self.gathered([0])]
+        if failed := [rank for rank, code in enumerate(codes) if code]:
+            raise _another_failed(failed[0], codes[failed[0]])
+
+
+def _another_failed(rank: int, code: int) -> MoewrightError:
+    kinds = {kind.exit_code: kind for kind in MoewrightError.__subclasses__()}
+    error = kinds.get(code, MoewrightError)(f"rank {rank} has failed")
+    error.told = True
+    return error
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun has started, or that a process group of the caller's has; else a process alone.
+
+    gloo joins CPUs, NCCL GPUs. Raises UsageError if there are more ranks on this machine than GPUs.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UsageError(
+                f"rank {local} of this machine has no GPU, there are {torch.cuda.device_count()}: "
+                "start as many ranks, or set train.device = cpu"
+            )
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    if dist.is_initialized():
+        yield _ranks(device)
+    elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(device=device)
+    else:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        try:
+            yield _ranks(device)
+        finally:
+            dist.destroy_process_group()
+
+
+def _ranks(device: torch.device) -> Ranks:
+    return Ranks(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
