@@ -31,7 +31,7 @@ from moewright.backbone.blocks import moe_layers, routing_step
 from moewright.backbone.graft import graft
 from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer, update
-from moewright.parallel.apply import Parallel, apply
+from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import make_meshes
@@ -149,7 +149,7 @@ def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: 
         logits = model(input_ids=part.ids, token_mask=part.mask, use_cache=False).logits
         wanted = torch.where(part.mask, part.ids, -100)[:, 1:]
         loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="sum") / targets
-        parallel.begin_micro_batch(model, last=number == len(parts))
+        parallel.begin_backward(model, last=number == len(parts))
         loss.backward()
         routing.after_backward()
         total = total + loss.detach()
@@ -186,7 +186,7 @@ def errors(case: Case, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, flo
     ranks, me = degrees.ranks, dist.get_rank()
     batches = [dealt(case, ranks, step=step) for step in range(2)]
     alone = [([part for mine in zip(*parts, strict=True) for part in mine], targets) for parts, targets in batches]
-    right = steps_of(sparse_model(case, dtype), alone, Parallel())
+    right = steps_of(sparse_model(case, dtype), alone, ALONE)
 
     model = sparse_model(case, dtype)
     apply(model, make_meshes(degrees, device_type="cpu"))

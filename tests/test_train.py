@@ -22,6 +22,7 @@ from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import CheckpointError, DataError, ModelError, Preempted, UsageError
 from moewright.moe.config import MoESettings
+from moewright.parallel.apply import ALONE, Parallel
 from moewright.train import loop
 from moewright.train.config import RunConfig
 from moewright.train.loop import train
@@ -163,11 +164,12 @@ def test_parallelism_gets_a_skeleton_before_any_weight_is_read(
     calls: list[str] = []
     read = ModelFolder.read
 
-    def prepare(model: PreTrainedModel) -> None:
+    def prepare(model: PreTrainedModel) -> Parallel:
         assert all(parameter.is_meta for parameter in model.parameters())
         assert len(moe_layers(model)) == (2 if upcycle else 0)
         model.lm_head.weight.requires_grad_(False)
         calls.append("prepare")
+        return ALONE
 
     def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append("read")

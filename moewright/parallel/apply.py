@@ -1,6 +1,7 @@
 """Putting a model on several ranks, from outside, in one order: divide the experts, then shard everything."""
 
 from dataclasses import dataclass, field
+from typing import Final
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -47,7 +48,11 @@ class Parallel:
     ranks: Ranks = field(default_factory=Ranks)
     degrees: Degrees = field(default_factory=Degrees)
 
-    def begin_micro_batch(self, model: nn.Module, *, last: bool) -> None:
+    def begin_backward(self, model: nn.Module, *, last: bool) -> None:
         """Before a micro-batch's backward pass: gradients are reduced in the `last`, or from stage 2 on in each."""
         if self.ranks.size > 1:
             reduce_gradients_at_the_end(model, last=last or self.degrees.zero >= 2)
+
+
+ALONE: Final = Parallel()
+"""One process."""

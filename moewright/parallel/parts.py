@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from moewright.backbone.slots import Index, Slices
+from moewright.backbone.slots import Bring, Index, Slices, here
 from moewright.parallel.experts import local_part
 from moewright.parallel.ranks import Ranks
 
@@ -46,13 +46,9 @@ def with_part(like: Tensor, part: Tensor) -> Tensor:
     )
 
 
-Bring = Callable[[Tensor, Index], Tensor]
-"""`bring(tensor, index)`: the part `index` of a tensor, whoever holds it, on the first rank."""
-
-
-def here(tensor: Tensor, index: Index = ()) -> Tensor:
-    """`Bring` for a process that holds everything."""
-    return tensor[index] if index else tensor
+def whole(tensor: Tensor) -> Tensor:
+    """A small tensor, whole on every rank; all must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def on_first_rank(tensors: Iterable[Tensor], work: Callable[[Bring], T], *, ranks: Ranks) -> T | None:
@@ -86,7 +82,7 @@ class _Bringer:
     numbers: dict[int, int]
     ranks: Ranks
 
-    def __call__(self, tensor: Tensor, index: Index = ()) -> Tensor:
+    def __call__(self, tensor: Tensor, index: Index) -> Tensor:
         if not isinstance(tensor, DTensor):
             return here(tensor, index)
         wanted, dropped = [range(size) for size in tensor.shape], []

@@ -45,9 +45,9 @@ class Ranks:
         if self.size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64, device=self.device)
-        everyones = mine.new_empty(self.size * len(values))
-        dist.all_gather_into_tensor(everyones, mine)
-        rows: list[list[int]] = everyones.view(self.size, -1).tolist()
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyones, mine)
+        rows: list[list[int]] = torch.stack(everyones).tolist()
         return rows
 
     def totals(self, values: Tensor) -> Tensor:
@@ -66,26 +66,50 @@ class Ranks:
         """The value that the first rank has."""
         return self.gathered([value])[0][0]
 
+    def text_from_first(self, text: str) -> str:
+        """The text that the first rank has."""
+        if self.size == 1:
+            return text
+        data = text.encode()
+        shared = torch.zeros(self.from_first(len(data)), dtype=torch.uint8, device=self.device)
+        if self.is_first and data:
+            shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(shared, src=0)
+        return bytes(shared.tolist()).decode()
+
+    def share(self, rows: int, *, size: int) -> slice:
+        """The rows of a step that this rank has: as many micro-batches of `size` as the others, or one less.
+
+        The order of ranks is the order of rows. Where there are not enough micro-batches for all, they are smaller.
+        """
+        size = min(size, -(-rows // self.size))
+        count = -(-rows // size)
+        first, last = count * self.rank // self.size, count * (self.rank + 1) // self.size
+        return slice(first * size, last * size)
+
+    def meet(self) -> None:
+        """A point that all ranks reach, or all raise: within `agreeing`, one may have failed before it."""
+        codes = [row[0] for row in self.gathered([0])]
+        if failed := [rank for rank, code in enumerate(codes) if code]:
+            raise _another_failed(failed[0], codes[failed[0]])
+
     @contextmanager
     def agreeing(self) -> Iterator[None]:
         """A block that all ranks leave together: if one fails, all raise, and the first that failed tells the user.
 
-        Within the block no rank may wait for another one.
+        Within the block no rank may wait for another one, unless they `meet` just before.
         """
-        if self.size == 1:
-            yield
-            return
         try:
             yield
         except BaseException as error:
+            if self.size == 1 or (isinstance(error, MoewrightError) and error.told):
+                raise
             code = error.exit_code if isinstance(error, MoewrightError) else MoewrightError.exit_code
             codes = [row[0] for row in self.gathered([code])]
             if isinstance(error, MoewrightError):
                 error.told = any(codes[: self.rank])
             raise
-        codes = [row[0] for row in self.gathered([0])]
-        if failed := [rank for rank, code in enumerate(codes) if code]:
-            raise _another_failed(failed[0], codes[failed[0]])
+        self.meet()
 
 
 def _another_failed(rank: int, code: int) -> MoewrightError:
