@@ -13,7 +13,7 @@ from moewright.parallel.config import Degrees
 from moewright.parallel.experts import divide_experts
 from moewright.parallel.mesh import Meshes
 from moewright.parallel.ranks import Ranks
-from moewright.parallel.shard import reduce_gradients_at_the_end, shard
+from moewright.parallel.shard import reduce_gradients_at_the_end, reshard, shard
 
 
 def apply(model: PreTrainedModel, meshes: Meshes) -> None:
@@ -52,6 +52,11 @@ class Parallel:
         """Before a micro-batch's backward pass: gradients are reduced in the `last`, or from stage 2 on in each."""
         if self.ranks.size > 1:
             reduce_gradients_at_the_end(model, last=last or self.degrees.zero >= 2)
+
+    def end_evaluation(self, model: nn.Module) -> None:
+        """After forward passes that no backward pass follows."""
+        if self.ranks.size > 1:
+            reshard(model)
 
 
 ALONE: Final = Parallel()

@@ -51,6 +51,13 @@ def reduce_gradients_at_the_end(model: nn.Module, *, last: bool) -> None:
         model.set_requires_gradient_sync(last)
 
 
+def reshard(model: nn.Module) -> None:
+    """After forward passes without a backward pass: drop the whole parameters that stages 1 and 2 keep for it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _placement(parameter: nn.Parameter, mesh: DeviceMesh, ep: int) -> Shard:
     """Experts as a whole where they divide, else the rows of each."""
     experts = parameter.shape[0] // ep

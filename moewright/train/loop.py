@@ -170,14 +170,14 @@ def held_out_loss(
     max_rows: int,
     micro_batch_size: int,
     stop: StopRequest | None = None,
-    ranks: Ranks = ALONE.ranks,
+    parallel: Parallel = ALONE,
 ) -> tuple[float, int] | None:
     """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a target, and the number of targets.
 
     The ranks take turns with the micro-batches. None when `stop` is asked for before the end.
     """
     count = min(max_rows, len(rows)) if max_rows else len(rows)
-    total, targets = 0.0, 0
+    total, targets, ranks = 0.0, 0, parallel.ranks
     model.eval()
     try:
         for turn in range(0, count, micro_batch_size * ranks.size):
@@ -189,6 +189,7 @@ def held_out_loss(
             total += float(objective.loss(model, batch))
             targets += objective.targets(batch)
     finally:
+        parallel.end_evaluation(model)
         model.train()
     total, all_targets = ranks.totals(torch.tensor([total, targets], dtype=torch.float64)).tolist()
     return total / all_targets, int(all_targets)
@@ -295,7 +296,7 @@ class _Run:
             max_rows=self.config.data.eval_rows,
             micro_batch_size=self.settings.micro_batch_size,
             stop=stop,
-            ranks=self.ranks,
+            parallel=self.started.parallel,
         )
         if result is None:
             return
