@@ -181,7 +181,7 @@ def test_no_rank_holds_or_reads_the_whole_model(tmp_path: Path) -> None:
 def stops_together(rank: int, *, config: RunConfig) -> None:
     def poison(model: nn.Module) -> None:
         if rank == 1:  # the loss of the next step is not a number here, and nowhere else
-            model.register_forward_hook(lambda module, args, output: output.update(logits=output.logits * torch.nan))
+            model.lm_head.register_forward_hook(lambda module, args, logits: logits * torch.nan)
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 2, poison)
