@@ -60,7 +60,7 @@ def measure() -> dict[str, object]:
             result = {
                 "settings": growth.settings,
                 "heads": growth.plan.sizes.heads,
-                "parameters": growth.summary()["parameters"]["grown"],
+                "parameters": growth.summary["parameters"]["grown"],
                 "function_preserving": not growth.plan.inexact,
             } | growth.comparison_facts(reference.compare(model, granularity=1))
             sys.stderr.write(f"{result}\n")

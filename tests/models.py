@@ -61,6 +61,27 @@ T5 = {
 }
 SIZES = dict.fromkeys(("m2m_100", "bart", "mbart", "nllb-moe"), FAIRSEQ)
 SIZES["gpt_neox"] = {k: v for k, v in DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
+SIZES["deepseek_v3"] = {k: v for k, v in DECODER.items() if k != "head_dim"} | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_group": 4,
+    "topk_group": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+SIZES["gpt_oss"] = DECODER | {
+    "intermediate_size": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 SIZES |= dict.fromkeys(("t5", "mt5", "switch_transformers"), T5)
 
 

@@ -41,6 +41,8 @@ def grafted(model_type: str, layers: Mapping[int, MoEConfig], **changes: Any) ->
     with torch.no_grad():
         for moe in moe_layers(model).values():
             moe.router.weight.normal_()
+            if moe.router.linear_bias is not None:
+                moe.router.linear_bias.normal_()
             if moe.router.bias is not None:
                 moe.router.bias.uniform_(-0.1, 0.1)
     return model
@@ -61,6 +63,7 @@ def nllb(**changes: Any) -> PreTrainedModel:
 
 SIGMOID = {"score": "sigmoid", "selection_bias": True, "renormalize": True}
 SOFTMAX_FIRST: dict[str, Any] = {"router_order": "softmax-topk"}
+OAI = {"router_bias": True, "activation": "swiglu_oai"}
 KINDS: dict[str, tuple[str, dict[int, dict[str, Any]], dict[str, Any]]] = {
     "mixtral": ("llama", {0: {}, 1: {}}, {}),
     "mixtral, tied": ("llama", {0: {}, 1: {}}, {"tie_word_embeddings": True}),
@@ -72,6 +75,8 @@ KINDS: dict[str, tuple[str, dict[int, dict[str, Any]], dict[str, Any]]] = {
     "switch_transformers": ("t5", {n: {"top_k": 1} for n in range(4)}, {}),
     "glm4_moe": ("llama", {1: SIGMOID}, {}),
     "glm4_moe, silent": ("qwen2", {0: {"score": "sigmoid"}, 1: {"score": "sigmoid"}}, {}),
+    "deepseek_v3": ("deepseek_v3", {1: SIGMOID | {"shared_size": 16}}, {}),
+    "gpt_oss": ("gpt_oss", {0: OAI, 1: OAI}, {}),
     "moewright": ("llama", {0: SIGMOID}, {}),
     "moewright, inline": ("bart", {0: {}, 3: SIGMOID}, {}),
 }

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from moewright.backbone.blocks import configure, moe_layers, routing_contexts
-from moewright.backbone.formats.choose import choose_format, format_for, refusals
+from moewright.backbone.formats.choose import TWINS, choose_format, format_for
 from moewright.backbone.graft import graft, ungraft
-from moewright.backbone.load import load_model
+from moewright.backbone.load import FolderSource, fill, load_model, open_skeleton
 from moewright.backbone.save import save_model
+from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, MoewrightError, UsageError
 from moewright.family.config import backbone_config
 from moewright.moe.config import MoEConfig
 from tests.models import logits_of, relative, tiny_config, tiny_model, write_dense
+from tests.sparse import model_of
 
 INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -147,7 +150,7 @@ def test_what_no_twin_computes_is_refused(model_type, changes, layers, order, wo
     config = tiny_config(model_type, **changes)
     configs = dict.fromkeys(layers, moe_config(router_order=order))
     assert choose_format(config, configs).name == "moewright"
-    assert re.search(words, "; ".join(refusals(config, configs).values()))
+    assert re.search(words, "; ".join(str(twin.refuses(config, configs)) for twin in TWINS))
     with pytest.raises(ModelError, match=f"format=mixtral: it does not compute this {model_type} model"):
         choose_format(config, configs, wanted="mixtral")
 
@@ -391,3 +394,57 @@ def test_a_folder_whose_sparse_layers_have_another_hidden_size_is_refused(tmp_pa
     (folder / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ModelError, match="hidden_size=48 of a sparse layer, where the backbone has 32"):
         load_model(folder)
+
+
+class Watched:
+    """A source that remembers what was read of each tensor."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self.source, self.elements = FolderSource(folder), {}
+
+    def read(self, slot, index=None):
+        tensor = self.source.read(slot, index)
+        assert slot.name not in self.elements, "nothing is read twice"
+        self.elements[slot.name] = tensor.numel()
+        return tensor
+
+
+@pytest.mark.parametrize("kind", ["mixtral, tied", "qwen2_moe, doubled", "granitemoe", "gpt_oss", "moewright"])
+def test_two_processes_read_their_parts_and_nothing_else(tmp_path, kind):
+    folder = ModelFolder(save_model(model_of(kind), tmp_path / "out"))
+    whole = load_model(folder.path)
+    names = {name for name, _ in whole.named_parameters()}
+
+    def part_of(rank, name, tensor):
+        """Experts are dealt out to the ranks, of other matrices each has half the rows, and vectors are everybody's."""
+        if tensor.dim() < 2:
+            return (slice(None),) * tensor.dim()
+        half = tensor.shape[0] // 2
+        return (slice(rank * half, (rank + 1) * half), *(slice(None) for _ in tensor.shape[1:]))
+
+    parts = []
+    for rank in range(2):
+        model, written_as = open_skeleton(folder)
+        source = Watched(folder)
+        fill(model, written_as, source, part_of=partial(part_of, rank))
+        parts.append(dict(model.state_dict()))
+        held = sum(parts[rank][name].numel() for name in parts[rank] if name in names or name.endswith("router.bias"))
+        assert sum(source.elements.values()) == held, "as much as it holds"
+        experts = {name for name in source.elements if re.search(r"experts\.\d+\.", name)}
+        assert all(int(re.search(r"experts\.(\d+)\.", name)[1]) // 2 == rank for name in experts)
+        assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == ("tied" in kind)
+    for name, tensor in whole.state_dict().items():
+        halves = [part[name] for part in parts]
+        joined = torch.cat(halves) if tensor.dim() > 1 else halves[0]
+        assert torch.equal(joined, tensor), name
+
+
+def test_any_part_of_a_tensor_can_be_asked_for(tmp_path):
+    folder = ModelFolder(save_model(model_of("gpt_oss"), tmp_path / "out"))
+    whole, asked = load_model(folder.path).state_dict(), (slice(1, 3), slice(5, 20), slice(8, 31))
+    model, written_as = open_skeleton(folder)
+    fill(model, written_as, FolderSource(folder), part_of=lambda name, tensor: asked[: tensor.dim()])
+    for name, tensor in model.state_dict().items():
+        if not name.endswith("previous_counts"):
+            assert torch.equal(tensor, whole[name][asked[: tensor.dim()]]), name
+    assert model.model.rotary_emb.inv_freq.device.type == "cpu"

@@ -141,7 +141,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     [{"files": ()}, {"sequence_length": 1}, {"eval_fraction": 1.0}, {"eval_fraction": -0.1}, {"eval_rows": -1}],
 )
 def test_impossible_data_settings_are_refused(changes: dict[str, object]) -> None:
-    with pytest.raises(UsageError, match=f"data.{next(iter(changes))}"):
+    with pytest.raises(UsageError, match=f"^{next(iter(changes))}="):
         DataConfig(**({"files": ("a",), "sequence_length": 8} | changes))
 
 
@@ -261,14 +261,14 @@ def test_no_two_orders_are_drawn_from_one_stream() -> None:
 # Isolation: the packed logits of each document equal those of the document alone
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize(
-    ("family", "changes"), [*((family, {}) for family in DECODERS), ("mistral", {"sliding_window": 4})]
-)
+ISOLATED = [(family, {}, how) for family in DECODERS for how in ("sdpa", "eager")]
+ISOLATED.remove(("gemma2", {}, "sdpa"))  # transformers has none that caps its scores
+ISOLATED += [("mistral", {"sliding_window": 4}, how) for how in ("sdpa", "eager")]
+
+
+@pytest.mark.parametrize(("family", "changes", "implementation"), ISOLATED)
 def test_packed_documents_do_not_see_each_other(family: str, changes: dict[str, int], implementation: str) -> None:
     model = tiny_model(family, **changes)
-    if implementation == "sdpa" and not model._supports_sdpa:
-        pytest.skip(f"transformers has no sdpa for {family}")
     model.set_attn_implementation(implementation)
     generator = torch.Generator().manual_seed(0)
     lengths = (9, 1, 13, 2, 17, 3)

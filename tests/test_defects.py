@@ -11,10 +11,10 @@ from moewright import cli
 from moewright.backbone.blocks import moe_layers
 from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
-from moewright.convert.make import lazy_tensors
+from moewright.convert.make import lazy_tensors, make_model
 from moewright.errors import ModelError, UsageError
 from moewright.train.loop import train
-from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
+from moewright.upcycle.apply import upcycle_folder, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
 from tests.models import logits_of, plain_transformers, relative, write_dense
 from tests.runs import make_run, metrics
@@ -32,7 +32,7 @@ def difference(source, sparse) -> float:
 
 
 def live(source, **settings):
-    return upcycle_model(source, UpcycleConfig(**settings), dtype=torch.float32)[0]
+    return make_model(upcycling_of(source, UpcycleConfig(**settings), dtype=torch.float32))[0]
 
 
 def test_defect_1_the_command_line_works_from_end_to_end(tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_defect_11_both_orders_start_right_and_train(tmp_path):
     for order, tolerance in (("topk-softmax", 1e-5), ("softmax-topk", 0.05)):
         config = UpcycleConfig(experts=8, granularity=2, top_k=4, router_order=order)
         run = make_run(tmp_path, out=order, upcycle=config, steps=20, learning_rate=3e-3)
-        assert difference(run.model, upcycle_model(run.model, config, dtype=torch.float32)[0]) <= tolerance
+        assert difference(run.model, make_model(upcycling_of(run.model, config, dtype=torch.float32))[0]) <= tolerance
         train(run)
         losses = [line["loss"] for line in metrics(run)]
         assert sum(losses[-5:]) < sum(losses[:5]) - 0.5

@@ -208,7 +208,7 @@ def test_what_is_not_compared_is_said(tmp_path, capsys):
         ({"relative_logit_difference": float("nan")}, "logits differ"),
         ({"other_experts": 3}, "3 choices"),
         ({"greedy_tokens_agree": False}, "generated tokens"),
-        ({"deaf_settings": ("norm_topk_prob",)}, "does not hear norm_topk_prob"),
+        ({"deaf_settings": ("norm_topk_prob",)}, "ignores norm_topk_prob"),
         ({"keys": ("missing lm_head.weight",)}, "missing lm_head"),
         ({"expert_faults": ("model.layers.0.mlp: expert 2 and 5 of 9 tokens",)}, "expert 2"),
     ],

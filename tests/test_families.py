@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moewright.auto  # noqa: F401  # registers our type
 from moewright.backbone.auto_type import MoewrightForCausalLM
 from moewright.backbone.blocks import moe_layers, routing_contexts
-from moewright.backbone.formats.choose import FORMATS, choose_format
+from moewright.backbone.formats.choose import FORMATS, TWINS, choose_format
 from moewright.backbone.formats.own import settings_from
+from moewright.backbone.formats.rows import Constant
 from moewright.backbone.graft import graft, ungraft
 from moewright.backbone.load import load_model
 from moewright.backbone.save import save_model
@@ -219,28 +221,64 @@ def test_arguments_that_ask_for_more_are_refused_by_name(tmp_path, name):
 
 
 SPARSE = [
-    ("qwen2_moe", "llama", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}),
+    ("qwen2_moe", "qwen2", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}),
     ("olmoe", "olmoe", {"num_experts": 4, "intermediate_size": 16}),
     ("olmoe", "olmoe", {"num_experts": 4, "norm_topk_prob": True, "tie_word_embeddings": True}),
     ("flex_olmo", "olmo2", {"num_experts": 4, "intermediate_size": 16}),
     ("granitemoe", "granite", {"num_local_experts": 4, "logits_scaling": 2.0, "residual_multiplier": 0.5}),
     ("granitemoeshared", "granite", {"num_local_experts": 4, "shared_intermediate_size": 24}),
+    ("deepseek_v3", "deepseek_v3", {}),
+    ("gpt_oss", "gpt_oss", {}),
     ("switch_transformers", "t5", {"num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}),
     ("switch_transformers", "t5", {"num_experts": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1}),
 ]
+"""Of each format one or more: what its folders are read as, and changes to the config. A new format is added here."""
 
 
 @pytest.mark.parametrize(("model_type", "backbone", "changes"), SPARSE)
 @pytest.mark.filterwarnings("ignore:expert_capacity=64")
 def test_sparse_folders_of_transformers_are_read_and_written_back(tmp_path, model_type, backbone, changes):
-    changes = changes if model_type == "switch_transformers" else changes | {"num_experts_per_tok": 2}
+    changes = changes if model_type == "switch_transformers" else {"num_experts_per_tok": 2} | changes
     theirs = tiny_model(model_type, **changes)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
+    assert ours.config.model_type == backbone
     assert relative(logits_of(ours, INPUT), logits_of(theirs, INPUT)) < 2e-6
     again = save_model(ours, tmp_path / "again", format=model_type)
     assert relative(logits_of(plain_transformers(again), INPUT), logits_of(theirs, INPUT)) < 2e-6
     same_state(load_model(again), ours)
+    stored, wanted = (load_file(path / "model.safetensors") for path in (again, tmp_path / "theirs"))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in wanted.items()), "to the bit"
+    own = save_model(ours, tmp_path / "own", format="moewright")
+    same_state(load_model(own), ours)
+    same_gradients(ours, theirs)
+
+
+def same_gradients(ours, theirs):
+    """Fail unless all that both call by one name, from the embedding to the last norm, has the same gradient."""
+    labels = {"decoder_input_ids": INPUT} if theirs.config.is_encoder_decoder else {}
+    for model in (ours, theirs):  # in evaluation: no jitter, no drops
+        model(input_ids=INPUT, labels=INPUT, use_cache=False, **labels).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    shared = [name for name, _ in ours.named_parameters() if name in gradients]
+    assert len(shared) >= 5
+    for name in shared:
+        wanted = gradients[name]
+        assert (ours.get_parameter(name).grad - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("twin", TWINS, ids=lambda twin: twin.name)
+def test_a_missing_field_means_what_the_class_of_transformers_takes(twin):
+    theirs = CONFIG_MAPPING[twin.name]()
+    for row in (*twin.rows, twin.sparse):
+        names = getattr(row, "fields", None) or (getattr(row, "field", "?"),)
+        default = row.value if isinstance(row, Constant) and row.refusal else getattr(row, "default", None)
+        if isinstance(default, tuple):
+            names, default = ("n_group", "topk_group"), default
+        if default is not None:
+            defaults = default if isinstance(default, tuple) else [default] * len(names)
+            for name, value in zip(names, defaults, strict=True):
+                assert getattr(theirs, name, value) == value, name
 
 
 def test_a_shared_expert_that_is_added_is_exact_in_qwen2_moe(tmp_path):

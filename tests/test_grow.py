@@ -19,10 +19,10 @@ from moewright.backbone.inspect import inspect_folder
 from moewright.backbone.load import load_model
 from moewright.backbone.skeleton import has_tied_head
 from moewright.checkpoint.read import ModelFolder
-from moewright.convert.make import lazy_tensors
+from moewright.convert.make import lazy_tensors, make_model
 from moewright.errors import DataError, ModelError, UsageError
 from moewright.family.table import FAMILIES, dense_families, growing_families
-from moewright.grow.apply import grow_folder, grow_model, growth_of
+from moewright.grow.apply import grow_folder, growth_of
 from moewright.grow.config import GrowConfig, Sizes, grown_sizes, hidden_step
 from moewright.grow.maps import grow_tensor, layer_map, neuron_map
 from moewright.upcycle.apply import upcycle_folder
@@ -318,7 +318,7 @@ def test_aki_breaks_the_symmetry_that_fpi_keeps(tmp_path):
     source = write_dense(tmp_path / "dense")
     same = {}
     for width in ("fpi", "aki"):
-        model, _ = grow_model(source, GrowConfig(hidden_size=64, width=width), dtype=torch.float32)
+        model, _ = make_model(growth_of(source, GrowConfig(hidden_size=64, width=width)))
         model(input_ids=INPUT, labels=INPUT).loss.backward()
         gradient = model.model.layers[0].mlp.down_proj.weight.grad
         same[width] = relative(gradient[:32], gradient[32:])
@@ -555,7 +555,7 @@ def test_settings_that_are_ignored_are_named(tmp_path):
     ):
         with pytest.warns(UserWarning, match=words):
             growth_of(source, GrowConfig(**settings))
-    with pytest.warns(UserWarning, match="text to verify on is ignored"):
+    with pytest.warns(UserWarning, match="verify_text is ignored"):
         grow_folder(source, tmp_path / "a", GrowConfig(layers=3), verify_text=text_file(tmp_path), dry_run=True)
     shallow = write_dense(tmp_path / "shallow", num_hidden_layers=1)
     with pytest.warns(UserWarning, match="width=aki is ignored: no layer is above the only one"):
@@ -584,7 +584,7 @@ def test_running_twice_gives_the_same_bytes_and_leaves_the_source_alone(tmp_path
 def test_live_model_and_folder_are_the_same_model(tmp_path):
     source = write_dense(tmp_path / "dense", "qwen3", tie_word_embeddings=True)
     growth = GrowConfig(hidden_size=64, layers=3, width="aki")
-    live, _ = grow_model(source, growth, dtype=torch.float32)
+    live, _ = make_model(growth_of(source, growth))
     grow_folder(source, tmp_path / "grown", growth)
     stored = load_model(tmp_path / "grown")
     names = dict(live.named_parameters())
@@ -637,7 +637,7 @@ def test_a_tensor_is_made_only_when_it_is_asked_for(tmp_path, monkeypatch):
     read, asked = growth.folder.read, []
     monkeypatch.setattr(growth.folder, "read", lambda name: asked.append(name) or read(name))
     tensors = lazy_tensors(growth)
-    assert growth.summary()["parameters"]["grown"] > 0
+    assert growth.summary["parameters"]["grown"] > 0
     assert asked == []
     for name, wanted in (
         ("model.embed_tokens.weight", ["model.embed_tokens.weight"]),

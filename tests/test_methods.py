@@ -9,7 +9,7 @@ from moewright.errors import UsageError
 from moewright.moe.config import MoEConfig
 from moewright.moe.layer import MoELayer
 from moewright.upcycle import neurons
-from moewright.upcycle.config import Changes
+from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.methods import (
     bias_factors,
     changed,
@@ -29,6 +29,10 @@ D, T = 6, 7
 # (activation, gated)
 BLOCKS = {"SwiGLU": ("silu", True), "GeGLU": ("gelu_pytorch_tanh", True), "relu2": ("relu2", False)}
 BLOCKS |= {"GELU": ("gelu", False)}
+
+
+def changing(**settings):
+    return UpcycleConfig(experts=2, top_k=2, **settings)
 
 
 def block(kind: str, *, width: int, bias: bool, seed: int = 0):
@@ -306,7 +310,7 @@ def test_scaling_rounds_once(dtype):
 def test_unchanged_neighbours_are_a_view():
     dense = torch.randn(8, 4)
     piece = expert_part(
-        dense, "up", neurons_F=torch.arange(2, 6), layer=0, expert=1, changes=Changes(seed=3), dtype=torch.float32
+        dense, "up", neurons_F=torch.arange(2, 6), layer=0, expert=1, config=changing(seed=3), dtype=torch.float32
     )
     assert piece.data_ptr() == dense[2:].data_ptr()
 
@@ -316,20 +320,20 @@ def test_unchanged_neighbours_are_a_view():
 
 def test_noise_is_relative_to_the_tensor():
     dense = 3.0 + 0.2 * torch.randn(400, 100, generator=torch.Generator().manual_seed(0))
-    noise = changed(dense, "up", changes=Changes(noise=0.5), layer=0, expert=0) - dense
+    noise = changed(dense, "up", config=changing(noise=0.5), layer=0, expert=0) - dense
     assert noise.std().item() == pytest.approx(0.5 * 0.2, rel=0.02)
     assert abs(noise.mean().item()) < 0.002
-    assert torch.equal(changed(dense[0], "up_bias", changes=Changes(noise=0.5), layer=0, expert=0), dense[0])
+    assert torch.equal(changed(dense[0], "up_bias", config=changing(noise=0.5), layer=0, expert=0), dense[0])
 
 
 def test_redrawn_neurons_have_the_statistics_of_what_they_replace():
     draws = torch.Generator().manual_seed(0)
     piece = torch.randn(200, 300, generator=draws) * torch.linspace(0.1, 2, 200)[:, None] + 0.7
-    changes = Changes(redraw=0.3)
-    chosen = redrawn_neurons(200, "up", changes=changes, layer=1, expert=2).tolist()
+    changes = changing(redraw=0.3)
+    chosen = redrawn_neurons(200, "up", config=changes, layer=1, expert=2).tolist()
     assert len(chosen) == len(set(chosen)) == 60
     for part, tensor in (("up", piece), ("down", piece.t())):
-        found = changed(tensor, part, changes=changes, layer=1, expert=2)
+        found = changed(tensor, part, config=changes, layer=1, expert=2)
         found = found.t() if part == "down" else found
         values = [piece[j, i].item() for j in chosen for i in range(300)]
         mean = math.fsum(values) / len(values)
@@ -340,18 +344,18 @@ def test_redrawn_neurons_have_the_statistics_of_what_they_replace():
         assert found[chosen].std().item() == pytest.approx(std, rel=0.02)
         # One deviation for all that is replaced, not one a neuron.
         assert found[chosen].std(dim=1).max() < 1.2 * std
-    assert torch.equal(piece[:1], changed(piece[:1], "up", changes=changes, layer=1, expert=2))  # round(0.3 * 1) = 0
+    assert torch.equal(piece[:1], changed(piece[:1], "up", config=changes, layer=1, expert=2))  # round(0.3 * 1) = 0
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("sets", ["shared", "separate"])
 def test_how_many_neurons_keep_all_three_parts(ratio, sets):
     F = 4096
-    changes = Changes(redraw=ratio, redraw_sets=sets)
+    changes = changing(redraw=ratio, redraw_sets=sets)
     whole = torch.ones(F, dtype=torch.bool)
     for part in ("gate", "up", "down"):
         piece = torch.randn((F, 2) if part != "down" else (2, F))
-        same = changed(piece, part, changes=changes, layer=0, expert=0) == piece
+        same = changed(piece, part, config=changes, layer=0, expert=0) == piece
         whole &= same.all(dim=0 if part == "down" else 1)
     if sets == "shared":
         assert whole.sum() == F - round(ratio * F)
@@ -363,11 +367,11 @@ def test_how_many_neurons_keep_all_three_parts(ratio, sets):
 
 @pytest.mark.parametrize("sets", ["shared", "separate"])
 def test_a_bias_is_redrawn_with_its_matrix(sets):
-    changes = Changes(redraw=0.5, redraw_sets=sets)
+    changes = changing(redraw=0.5, redraw_sets=sets)
     for part in ("gate", "up"):
         matrix, bias = torch.randn(64, 3), torch.randn(64)
-        rows_same = (changed(matrix, part, changes=changes, layer=0, expert=0) == matrix).all(dim=1)
-        bias_same = changed(bias, f"{part}_bias", changes=changes, layer=0, expert=0) == bias
+        rows_same = (changed(matrix, part, config=changes, layer=0, expert=0) == matrix).all(dim=1)
+        bias_same = changed(bias, f"{part}_bias", config=changes, layer=0, expert=0) == bias
         assert torch.equal(rows_same, bias_same)
         assert rows_same.sum() == 32
 
@@ -377,7 +381,7 @@ def test_draws_depend_on_seed_layer_expert_and_part_alone():
 
     def result(change, seed=0, layer=0, expert=0, part="gate"):
         torch.manual_seed(torch.initial_seed() + 1)
-        return changed(piece, part, changes=Changes(**change, seed=seed), layer=layer, expert=expert)
+        return changed(piece, part, config=changing(**change, seed=seed), layer=layer, expert=expert)
 
     for change in ({"noise": 0.1}, {"redraw": 0.5}, {"redraw": 0.5, "redraw_sets": "separate", "noise": 0.1}):
         assert torch.equal(result(change), result(change))
@@ -402,7 +406,7 @@ def test_streams_of_draws_are_all_different():
 
 def test_half_precision_is_changed_in_float32_and_rounded_once():
     dense = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    for changes in (Changes(noise=0.2), Changes(redraw=0.5), Changes(noise=0.2, redraw=0.5)):
+    for changes in (changing(noise=0.2), changing(redraw=0.5), changing(noise=0.2, redraw=0.5)):
         wide, narrow = (
             expert_part(
                 dense.to(dtype),
@@ -410,7 +414,7 @@ def test_half_precision_is_changed_in_float32_and_rounded_once():
                 neurons_F=torch.arange(32),
                 layer=0,
                 expert=0,
-                changes=changes,
+                config=changes,
                 factor=1.7,
                 dtype=dtype,
             )
@@ -433,4 +437,4 @@ def test_half_precision_is_changed_in_float32_and_rounded_once():
 )
 def test_senseless_changes_are_refused(change, words):
     with pytest.raises(UsageError, match=words):
-        Changes(**change)
+        changing(**change)

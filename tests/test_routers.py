@@ -89,7 +89,7 @@ def test_orthogonal_rows():
             assert (rows[a] @ rows[b]).item() == pytest.approx(due, abs=1e-7)
     square = routers.orthogonal_rows(64, hidden_size=64, std=1.0, seed=1, layer=2)
     torch.testing.assert_close(square @ square.t(), 64 * torch.eye(64), rtol=0, atol=1e-4)
-    with pytest.raises(UsageError, match="65 orthogonal router rows of width 64"):
+    with pytest.raises(UsageError, match="orthogonal with 65 virtual groups of experts: at most 64 rows"):
         routers.orthogonal_rows(65, hidden_size=64, std=1.0, seed=1, layer=2)
 
 
@@ -123,8 +123,6 @@ def test_centroids_need_tokens_that_differ():
         routers.centroid_rows(torch.randn(3, 8), groups=4, seed=0, layer=0)
     with pytest.raises(DataError, match="no different from the mean"):
         routers.centroid_rows(torch.ones(8, 8), groups=4, seed=0, layer=0)
-    with pytest.raises(UsageError, match="1 virtual group"):
-        routers.centroid_rows(torch.randn(8, 8), groups=1, seed=0, layer=0)
 
 
 def prompts(seed=0):
@@ -165,8 +163,6 @@ def test_prompts_that_cannot_be_told_apart_are_refused():
     for nothing in ([], [torch.empty(0, 16)]):
         with pytest.raises(DataError, match="empty one, for router group 1"):
             routers.prompt_rows([states[0], nothing])
-    with pytest.raises(UsageError, match="1 virtual group"):
-        routers.prompt_rows(states[:1])
 
 
 @pytest.mark.parametrize("std", [0.05, 1.3])
@@ -190,8 +186,3 @@ def test_the_deviation_is_that_of_normal_rows():
 def test_logits_that_do_not_differ_cannot_be_scaled():
     with pytest.raises(DataError, match=r"deviation of 0\.0"):
         routers.with_logit_std(torch.ones(3, 4), torch.randn(5, 4), std=0.1)
-    for std in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(UsageError, match="logit std"):
-            routers.with_logit_std(torch.randn(3, 4), torch.randn(5, 4), std=std)
-    with pytest.raises(UsageError, match="1 virtual group"):
-        routers.with_logit_std(torch.randn(1, 4), torch.randn(5, 4), std=0.1)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, UsageError
-from moewright.upcycle.config import require_siblings_fit
+from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.siblings import average, check_siblings, sibling_of
 from tests.models import write_dense
 
@@ -57,11 +57,9 @@ def test_each_sibling_owns_whole_virtual_groups():
         owners = [sibling_of(j, granularity=granularity, siblings=3) for j in range(experts)]
         for group in range(6):
             assert set(owners[group * granularity : (group + 1) * granularity]) == {group % 3}
-        require_siblings_fit(siblings=3, experts=experts, granularity=granularity)
+        UpcycleConfig(experts=experts, granularity=granularity, top_k=granularity, siblings=("b", "c"))
     with pytest.raises(UsageError, match=r"granularity=2 and 3 siblings: .* multiple of 6 experts"):
-        require_siblings_fit(siblings=3, experts=8, granularity=2)
-    with pytest.raises(UsageError, match="1 model to mix"):
-        require_siblings_fit(siblings=1, experts=8, granularity=2)
+        UpcycleConfig(experts=8, granularity=2, top_k=2, siblings=("b", "c"))
 
 
 def change_config(folder, **changes):
@@ -158,8 +156,3 @@ def test_another_vocabulary_is_no_sibling(pair):
         check(a, b)
     path.unlink()
     check(a, b)
-
-
-def test_one_model_has_no_siblings(pair):
-    with pytest.raises(UsageError, match="1 model to mix"):
-        check(pair[0])

@@ -370,7 +370,8 @@ def test_a_run_that_cannot_start_leaves_no_trace(tmp_path: Path) -> None:
         (replace(config, data=bad), DataError, "not UTF-8"),
         (replace(config, data=replace(config.data, files=("no.txt",))), DataError, "no such file"),
         (replace(config, model=str(tmp_path / "empty")), ModelError, "empty"),
-        (replace(config, moe=MoESettings(kernel="fast")), UsageError, "'fast': choose one of grouped, loop"),
+        (replace(config, moe=MoESettings(kernel="fast")), UsageError, r"moe\.kernel = 'fast': choose one of grouped"),
+        (replace(config, upcycle=replace(SPARSE, layers="9")), UsageError, r"upcycle\.layers = '9': use all"),
     ]
     for case, error, message in cases:
         with pytest.raises(error, match=message):

@@ -15,12 +15,13 @@ from moewright.backbone.blocks import moe_layers
 from moewright.backbone.inspect import inspect_folder
 from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
+from moewright.convert.make import make_model
 from moewright.errors import DataError, ModelError, UsageError
 from moewright.evaluate.compare import broken_groups
 from moewright.family.config import chosen_layers
 from moewright.moe.config import MoEConfig
 from moewright.moe.router import route
-from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
+from moewright.upcycle.apply import upcycle_folder, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.routers import drawn_rows
 from moewright.upcycle.scale import Factors, balanced, expected_weight_sum, factors, mean_weight_sum, published
@@ -89,7 +90,9 @@ def test_index_rule_and_factors(tmp_path):
     # Expert j holds shard j mod G and router row j // G; up and down carry S, the gate nothing.
     source = ModelFolder(write_dense(tmp_path / "dense"))
     made = upcycling_of(source.path, UpcycleConfig(experts=6, granularity=2, top_k=2, seed=3))
-    model, _ = upcycle_model(source.path, UpcycleConfig(experts=6, granularity=2, top_k=2, seed=3), dtype=torch.float32)
+    model, _ = make_model(
+        upcycling_of(source.path, UpcycleConfig(experts=6, granularity=2, top_k=2, seed=3), dtype=torch.float32)
+    )
     assert [(f.gate, f.up * f.down) for f in made.tensors.factors.values()] == [(1.0, 2.0)] * 2
     for layer, moe in moe_layers(model).items():
         dense = {part: source.read(f"model.layers.{layer}.mlp.{part}_proj.weight") for part in ("gate", "up", "down")}
@@ -107,7 +110,7 @@ def test_index_rule_and_factors(tmp_path):
 def test_live_model_and_folder_are_the_same_model(tmp_path):
     source = write_dense(tmp_path / "dense", tie_word_embeddings=True)
     config = UpcycleConfig(experts=8, granularity=4, top_k=4, seed=5)
-    live, _ = upcycle_model(source, config, dtype=torch.float32)
+    live, _ = make_model(upcycling_of(source, config, dtype=torch.float32))
     upcycle_folder(source, tmp_path / "moe", config)
     stored = load_model(tmp_path / "moe")
     names = dict(live.named_parameters())
@@ -394,9 +397,9 @@ def test_an_exact_start_that_is_not_exact_is_not_committed(tmp_path, monkeypatch
 def test_settings_that_are_ignored_are_named(tmp_path):
     source, text = write_dense(tmp_path / "dense"), text_file(tmp_path)
     config = UpcycleConfig(experts=4, top_k=2)
-    with pytest.warns(UserWarning, match="calibration text is ignored: scale=exact"):
+    with pytest.warns(UserWarning, match="calibration_text is ignored: scale=exact"):
         upcycle_folder(source, tmp_path / "a", replace(config, calibration_text=str(text)))
-    with pytest.warns(UserWarning, match="text to verify on is ignored"):
+    with pytest.warns(UserWarning, match="verify_text is ignored"):
         upcycle_folder(source, tmp_path / "b", config, verify_text=text, dry_run=True)
     with pytest.warns(UserWarning, match="expert width of 4 is no multiple of 8"):
         upcycle_folder(source, tmp_path / "c", UpcycleConfig(experts=16, granularity=16, top_k=16))

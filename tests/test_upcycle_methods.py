@@ -14,16 +14,17 @@ from transformers import AutoModelForCausalLM
 
 from moewright import cli
 from moewright.backbone.blocks import moe_layers
-from moewright.backbone.load import load_model
+from moewright.backbone.load import fill, load_model
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
+from moewright.convert.make import make_model
 from moewright.data.tokenizer import tokenise
 from moewright.errors import CheckpointError, DataError, ModelError, UsageError
 from moewright.family.table import family_of
 from moewright.train.loop import train
 from moewright.train.run_file import load_run
 from moewright.upcycle import observe as observe_module
-from moewright.upcycle.apply import upcycle_folder, upcycle_model, upcycling_of
+from moewright.upcycle.apply import upcycle_folder, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.measure import measure
 from moewright.upcycle.methods import expert_part
@@ -121,7 +122,7 @@ def test_folder_live_model_and_second_run_agree(made, tmp_path, family, method):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     ModelFolder(tmp_path / "a").verify_checksums()  # which read every byte: leaves with one key hold the same
     stored = load_model(tmp_path / "a")
-    live, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    live, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     weights = dict(live.named_parameters())
     assert list(weights) == [name for name, _ in stored.named_parameters()]
     for name, parameter in stored.named_parameters():
@@ -157,47 +158,53 @@ PARTS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 }
 
 
+def planned(place: Path, case: str) -> tuple[UpcyclePlan, SparseTensors]:
+    _, wanted, settings = PARTS[case]
+    plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
+    return plan, SparseTensors(plan, measure(plan))
+
+
 @pytest.mark.parametrize("case", PARTS)
 def test_the_parts_of_a_tensor_are_the_whole(made, case):
-    family, wanted, settings = PARTS[case]
-    place = made(family)
-    plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
-    measured = measure(plan)
-    tensors = SparseTensors(plan, measured)
+    plan, tensors = planned(made(PARTS[case][0]), case)
     for slot in plan.format.slots(plan.model):
         whole = tensors.read(slot)
         assert torch.equal(torch.cat([piece.flatten() for piece in tensors.pieces(slot)]), whole.flatten())
         for dim, size in enumerate(slot.shape):
-            cut = size // 2
-            # Each by a process of its own.
-            parts = [
-                SparseTensors(plan, measured).read(slot, (slice(None),) * dim + (part,))
-                for part in (slice(0, cut), slice(cut, size))
-            ]
-            assert torch.equal(torch.cat(parts, dim=dim), whole), (slot.name, dim)
+            parts = [slice(0, size // 2), slice(size // 2, size)]
+            halves = [tensors.read(slot, (slice(None),) * dim + (part,)) for part in parts]
+            assert torch.equal(torch.cat(halves, dim=dim), whole), (slot.name, dim)
         if len(slot.shape) == 3:
             assert torch.equal(tensors.read(slot, (slice(1, 3), slice(2, 5), slice(0, 7))), whole[1:3, 2:5, 0:7])
 
 
-@pytest.mark.parametrize("case", ["stacks of our own type", "stacks of a twin", "stacked biases"])
-def test_experts_outside_the_part_are_not_made(made, monkeypatch, case):
-    family, wanted, settings = PARTS[case]
-    place, numbers = made(family), []
+@pytest.mark.parametrize("case", PARTS)
+def test_each_of_two_ranks_makes_its_own_experts_alone(made, monkeypatch, case):
+    place, numbers = made(PARTS[case][0]), []
 
     def recorded(*args: Any, expert: int, **rest: Any) -> torch.Tensor:
         numbers.append(expert)
         return expert_part(*args, expert=expert, **rest)
 
     monkeypatch.setattr("moewright.upcycle.tensors.expert_part", recorded)
-    plan = UpcyclePlan(ModelFolder(place / "dense"), config_in(place, settings), format=wanted)
-    tensors, stacks = SparseTensors(plan, measure(plan)), 0
-    for slot in plan.format.slots(plan.model):
-        if any(piece.expert >= 0 and piece.part != "down_bias" for piece in slot.pieces):
-            numbers.clear()
-            tensors.read(slot, (slice(1, 3),))
-            assert set(numbers) == {1, 2}, slot.name
-            stacks += 1
-    assert stacks >= 2 * len(plan.layers)
+    plan, tensors = planned(place, case)
+    fill(plan.model, plan.format, tensors)
+    experts = plan.config.experts
+    assert set(numbers) >= set(range(experts))
+    for rank in (0, 1):
+        mine = range(rank * experts // 2, (rank + 1) * experts // 2)
+
+        def part_of(name: str, meta: torch.Tensor, mine: range = mine) -> tuple[slice, ...]:
+            first = slice(mine.start, mine.stop) if ".experts." in name else slice(None)
+            return (first, *(slice(None),) * (meta.dim() - 1))
+
+        numbers.clear()
+        here, tensors = planned(place, case)
+        fill(here.model, here.format, tensors, part_of=part_of)
+        assert {number for number in numbers if number >= 0} == set(mine)
+        whole = dict(plan.model.named_parameters())
+        for name, parameter in here.model.named_parameters():
+            assert torch.equal(parameter, whole[name][part_of(name, whole[name])]), name
 
 
 # -- what is in the tensors --
@@ -242,7 +249,7 @@ def test_experts_hold_the_neurons_of_the_table_and_their_factors(made, family, m
     place = made(family)
     config = config_in(place, (EXACT | OTHERS)[method])
     upcycling = upcycling_of(place / "dense", config)
-    model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     gated = family in ("llama", "phi3")
     for layer, moe in moe_layers(model).items():
         table = upcycling.tensors.held(layer).routed_EF.tolist()
@@ -280,7 +287,7 @@ def test_a_shared_expert_holds_the_most_important_neurons(made, family):
     place = made(family)
     config = config_in(place, EXACT["shared, gated, important"])
     upcycling = upcycling_of(place / "dense", config)
-    model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     for layer, moe in moe_layers(model).items():
         dense, score = dense_parts(place / "dense", layer), upcycling.measured.importance[layer]
         best = sorted(sorted(range(64), key=lambda j: -score[j].item())[:32])
@@ -300,7 +307,7 @@ def test_a_shared_expert_holds_the_most_important_neurons(made, family):
 
 def test_new_shared_neurons_say_nothing_and_can_learn(made):
     place = made("llama")
-    model, _ = upcycle_model(place / "dense", config_in(place, EXACT["shared, new"]), dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config_in(place, EXACT["shared, new"]), dtype=torch.float32))
     for layer, moe in moe_layers(model).items():
         dense = dense_parts(place / "dense", layer)
         gate, up = moe.shared.gate_up_proj.weight.chunk(2)
@@ -319,7 +326,7 @@ def test_a_split_gives_each_chosen_part_in_full(made, family, method):
     place = made(family)
     config = config_in(place, OTHERS[method])
     upcycling = upcycling_of(place / "dense", config)
-    model, _ = upcycle_model(place / "dense", config, dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config, dtype=torch.float32))
     act = {"llama": F.silu, "phi3": F.silu, "gpt_neox": F.gelu, "m2m_100": F.relu}[family]
     draws = torch.Generator().manual_seed(3)
     for layer, moe in moe_layers(model).items():
@@ -345,7 +352,7 @@ def test_a_split_gives_each_chosen_part_in_full(made, family, method):
 def test_branch_train_mix_is_means_and_whole_blocks(made):
     place = made("llama")
     settings = OTHERS["siblings, shared"] | {"layers": "0"}
-    model, _ = upcycle_model(place / "dense", config_in(place, settings), dtype=torch.float32)
+    model, _ = make_model(upcycling_of(place / "dense", config_in(place, settings), dtype=torch.float32))
     folders = [ModelFolder(place / name) for name in ("dense", "sibling")]
     state = model.state_dict()
 
@@ -614,7 +621,7 @@ def test_senseless_methods_are_refused(changes, words):
         ({"prompts": "prompts.json"}, "prompts=.* is ignored: router_start is normal"),
         ({"shared_mode": "gated"}, "shared_mode=gated is ignored: shared_size is 0"),
         ({"shared_neurons": "new"}, "shared_neurons=new is ignored: shared_size is 0"),
-        ({"calibration_text": "text.txt"}, "calibration text is ignored: scale=exact"),
+        ({"calibration_text": "text.txt"}, "calibration_text is ignored: scale=exact"),
     ],
 )
 def test_ignored_settings_are_named(made, changes, words):
@@ -627,7 +634,7 @@ def test_ignored_settings_are_named(made, changes, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (HALF | {"neurons": "important"}, "neurons=important is measured on text: give a calibration text"),
+        (HALF | {"neurons": "important"}, "neurons=important is measured on text: give a calibration_text"),
         (SHARED | {"shared_neurons": "important"}, "shared_neurons=important is measured on text"),
         (FINE | {"router_start": "centroids"}, "router_start=centroids is measured on text"),
         (FINE | {"shared_size": 64}, "shared_size=64: a shared expert carved from a width of 64 takes 1 to 63"),

@@ -103,17 +103,6 @@ class FolderSource:
         return self.folder.read(slot.name, index)
 
 
-@dataclass(frozen=True)
-class MadeSource:
-    """Tensors that a function makes whole."""
-
-    make: Callable[[Slot], Tensor]
-
-    def read(self, slot: Slot, index: Slices | None = None) -> Tensor:
-        tensor = self.make(slot)
-        return tensor if index is None else tensor[index]
-
-
 @torch.no_grad()
 def fill(
     model: PreTrainedModel,

@@ -8,6 +8,7 @@ import copy
 import os
 import re
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,25 +109,27 @@ def take_names_on_disk(
         if slot.tied or slot.name in held:
             continue
         if slot.fill is not None:
-            given_tensor = state_dict.pop(prefix + slot.name, None)
-            if given_tensor is not None and slot.contradicts(given_tensor):
+            stored = state_dict.pop(prefix + slot.name, None)
+            if stored is not None and slot.contradicts(stored):
                 error_msgs.append(f"{slot.name} is not {slot.fill:g} everywhere, as this model has it.")
             continue
         name, _ = slot.place(model)
         if slot.name not in given:
             partly.setdefault(name, []).append(prefix + slot.name)
             continue
-        given_tensor, live = state_dict.pop(prefix + slot.name), slot.view(model).detach()
+        stored, live = state_dict.pop(prefix + slot.name), slot.view(model).detach()
         if live.is_meta or isinstance(live, DTensor):
             raise ModelError(f"{name} is not here as a whole, so {slot.name} cannot be put into it; use load_model")
-        if given_tensor.shape != slot.shape:
-            shapes = f"{list(given_tensor.shape)}, the model's is {list(slot.shape)}"
+        if stored.shape != slot.shape:
+            shapes = f"{list(stored.shape)}, the model's is {list(slot.shape)}"
             error_msgs.append(f"size mismatch for {slot.name}: {shapes}.")
         else:
-            live.copy_(slot.from_disk(given_tensor))
+            live.copy_(slot.from_disk(stored))
         taken.add(name)
     for name in taken:
-        state_dict[prefix + name] = _tensor(model, name)  # which torch copies onto itself, and counts as loaded
+        state_dict[prefix + name] = attrgetter(name)(
+            model
+        ).detach()  # which torch copies onto itself, and counts as loaded
         missing_keys.extend(partly.get(name, ()))
 
 
@@ -183,25 +186,21 @@ def _require_no_half(model: PreTrainedModel, given: set[str], *, strange: set[st
     for layer, place in enumerate(family.places(model.config)):
         dense = [place.path(name).removeprefix(f"{place.layer}.") for name in (form.gate, form.up, form.down) if name]
         pattern = "|".join([*inside, *(rf"{re.escape(name)}\.(weight|bias)" for name in dense)])
-        if found := sorted(name for name in strange if re.fullmatch(rf"{re.escape(place.layer)}\.({pattern})", name)):
+        if misplaced := sorted(
+            name for name in strange if re.fullmatch(rf"{re.escape(place.layer)}\.({pattern})", name)
+        ):
             raise ModelError(
-                f"load_state_dict: layer {layer} has {listed(found)}, and no place for it: these are weights of "
+                f"load_state_dict: layer {layer} has {listed(misplaced)}, and no place for it: these are weights of "
                 "another model, or of a format that does not compute this one; load their folder with load_model"
             )
-
-
-def _tensor(model: PreTrainedModel, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(path), last)
-    return tensor.detach()
 
 
 def _bytes_of(size: int | str) -> int:
     """A number of bytes, or one with a unit as in 5GB or 5GiB."""
     try:
-        found: int = convert_file_size_to_int(size)
+        count: int = convert_file_size_to_int(size)
     except ValueError:
-        found = 0
-    if found <= 0:
+        count = 0
+    if count <= 0:
         raise UsageError(f"max_shard_size={size!r}: give a number of bytes, or a whole number with a unit as in 5GB")
-    return found
+    return count

@@ -32,6 +32,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CODE_KEYS = frozenset({"auto_map", "attn_implementation", "experts_implementation", "trust_remote_code"})
 # A number in spite of its name: by it, Gemma's configs before transformers 5 tell sliding layers from others.
 PLAIN_PRIVATE = frozenset({"_sliding_window_pattern"})
+DEQUANTISERS = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+"""Classes of transformers that turn quantised weights into plain ones when they are loaded, by their method."""
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -72,7 +74,9 @@ class ModelFolder:
             self.tensors = _read_headers(self.path)
         quantised = [info.name for info in self.tensors.values() if info.dtype in FLOAT8]
         if quantised:
-            raise _quantised(self.path, f"float8 tensors {listed(quantised)}")
+            raise _quantised(self.path, f"float8 tensors {listed(quantised)}", method="fp8")
+        if blocks := [name for name in self.tensors if name.endswith("_blocks")]:
+            raise _quantised(self.path, f"tensors {listed(blocks)}", method="mxfp4")
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: Collection[str] = ()) -> None:
         """Compare names and shapes with ``expected``; ModelError lists the first five that differ.
@@ -179,7 +183,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(file_inside(path, CONFIG))
     for key in ("quantization_config", "compression_config"):
         if config.get(key) is not None:
-            raise _quantised(path, f"{key} in {CONFIG}")
+            method = config[key].get("quant_method") if isinstance(config[key], dict) else None
+            raise _quantised(path, f"{key} in {CONFIG}", method=method)
     if config.get("auto_map") is not None:
         warnings.warn(f"{path}: auto_map in {CONFIG} is ignored, code from a model folder is never run", stacklevel=4)
     try:
@@ -189,8 +194,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return cleaned
 
 
-def _quantised(path: Path, sign: str) -> ModelError:
-    return ModelError(f"{path}: quantised weights ({sign}); use the model in float32, bfloat16 or float16")
+def _quantised(path: Path, sign: str, *, method: object) -> ModelError:
+    how = "use the model in float32, bfloat16 or float16"
+    if isinstance(method, str) and method in DEQUANTISERS:
+        option = f"quantization_config={DEQUANTISERS[method]}(dequantize=True)"
+        how = f"dequantise it: AutoModelForCausalLM.from_pretrained(SRC, {option}).save_pretrained(DST)"
+    return ModelError(f"{path}: quantised weights ({sign}); {how}")
 
 
 def without_code(value: Any) -> Any:

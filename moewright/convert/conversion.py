@@ -14,7 +14,8 @@ from moewright.evaluate.compare import Comparison
 
 
 class TensorMaker(TensorSource, Protocol):
-    """Makes the tensors of a folder when they are asked for, in any order; an implementer provides `read`."""
+    """Makes the tensors of a folder when they are asked for, in any order; an implementer provides `read` and
+    `memory_needed`."""
 
     def pieces(self, slot: Slot) -> Iterator[Tensor]:
         """A slot's tensor as pieces that, one after the other, fill its memory; a large one is never there whole."""
@@ -25,12 +26,16 @@ class TensorMaker(TensorSource, Protocol):
         and None says nothing. No keys: nothing is known of any."""
         return ()
 
+    def memory_needed(self) -> int:
+        """Bytes held at a time while the folder is written; a comparison loads both models besides."""
+        ...
+
 
 class Conversion(Protocol):
     """A source folder and the model that it becomes, of which no tensor is made yet.
 
-    An implementer provides the attributes, `memory_needed`, `summary` and `facts`; the rest has a default. `make.py`
-    does everything that conversions have in common.
+    An implementer provides the attributes and `facts`; the rest has a default. `make.py` does everything that
+    conversions have in common.
     """
 
     name: str
@@ -45,20 +50,14 @@ class Conversion(Protocol):
     """The dtype of its tensors, where their slots name no other."""
     tensors: TensorMaker
     """The values of its tensors."""
+    summary: dict[str, Any]
+    """The model that is made, in plain types: for a dry run, and for the report."""
     settings: dict[str, Any]
     """Its settings, with every default in place and without names of files, in plain types."""
     exact_by: str | None
     """The setting that promises the logits of the source, if one does: `scale=exact`."""
     granularity: int
     """Experts that share a row of the router at the start (1: none do)."""
-
-    def memory_needed(self) -> int:
-        """Bytes held at a time while the folder is written; a comparison loads both models besides."""
-        ...
-
-    def summary(self) -> dict[str, Any]:
-        """The model that will be made, in plain types: for a dry run, and for the report."""
-        ...
 
     def facts(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         """Its own part of the report and of `moewright.json`, in plain types; the same for the same conversion."""

@@ -67,7 +67,7 @@ def make_folder(
     comparisons: list[Comparison] = []
     if dry_run:
         if texts is not None:
-            warnings.warn("the text to verify on is ignored: a dry run writes nothing to compare", stacklevel=3)
+            warnings.warn("verify_text is ignored: a dry run writes nothing to compare", stacklevel=3)
         disk = next(parent for parent in writer.target.absolute().parents if parent.exists())
         require_space(disk, summary["bytes"])
         summary["free_bytes"] = shutil.disk_usage(disk).free
@@ -122,9 +122,9 @@ def record_of(conversion: Conversion, comparisons: Sequence[Comparison]) -> dict
 
 def _summary(conversion: Conversion, tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
     """`Conversion.summary` with the bytes, the memory, and for a sparse model the runtimes that will load it."""
-    summary = conversion.summary()
+    summary = dict(conversion.summary)
     summary["bytes"] = sum(tensor.nbytes for tensor in tensors.values())
-    summary["memory_needed"] = conversion.memory_needed()
+    summary["memory_needed"] = conversion.tensors.memory_needed()
     if moe_layers(conversion.model):
         summary["runtimes"] = [row.as_dict() for row in expected_runtimes(conversion.format, conversion.model)]
     return summary

@@ -13,8 +13,8 @@ and documents leak into each other without a word.
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final, Literal, Self, get_args
 
@@ -51,31 +51,19 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows [start, stop) as a batch of their own (views, no copy)."""
-        return Batch(
-            input_ids=self.input_ids[start:stop],
-            position_ids=self.position_ids[start:stop],
-            targets=self.targets[start:stop],
-            token_mask=self.token_mask[start:stop],
-        )
+        return self._each(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(
-            input_ids=self.input_ids.to(device),
-            position_ids=self.position_ids.to(device),
-            targets=self.targets.to(device),
-            token_mask=self.token_mask.to(device),
-        )
+        return self._each(lambda tensor: tensor.to(device))
 
     @classmethod
     def stack(cls, batches: Sequence[Self]) -> Self:
         """All rows of `batches`, in their order."""
-        return cls(
-            input_ids=torch.cat([batch.input_ids for batch in batches]),
-            position_ids=torch.cat([batch.position_ids for batch in batches]),
-            targets=torch.cat([batch.targets for batch in batches]),
-            token_mask=torch.cat([batch.token_mask for batch in batches]),
-        )
+        return cls(**{part.name: torch.cat([getattr(batch, part.name) for batch in batches]) for part in fields(cls)})
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(**{part.name: change(getattr(self, part.name)) for part in fields(self)})
 
 
 class PackedRows:

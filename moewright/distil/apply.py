@@ -38,11 +38,6 @@ from moewright.upcycle.siblings import HARMLESS
 Track = Callable[[int], Callable[[int], None]]
 
 
-def untracked(total: int) -> Callable[[int], None]:
-    """Progress that nobody watches."""
-    return lambda tokens: None
-
-
 def distil_folder(
     dense: str | Path,
     sparse: str | Path,
@@ -52,7 +47,7 @@ def distil_folder(
     text: Sequence[str],
     verify_text: Sequence[str] = (),
     overwrite: bool = False,
-    track: Track = untracked,
+    track: Track = lambda total: lambda tokens: None,
 ) -> dict[str, Any]:
     """Distil `dense` into `sparse`, which was upcycled from it, and write the result; atomic.
 

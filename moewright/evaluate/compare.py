@@ -71,7 +71,9 @@ class Reference:
     @classmethod
     def of(cls, model: PreTrainedModel, texts: Sequence[Tensor], *, tokens: int = VERIFY_TOKENS) -> Self:
         """Run the dense model; raises `DataError` if there are no two tokens."""
-        windows = _windows(texts, tokens, longest=longest_text(model))
+        windows = windows_of(texts, tokens=tokens, size=min(VERIFY_WINDOW, longest_text(model)), shortest=2)
+        if not windows:
+            raise DataError("no text of at least two tokens to compare on: give longer text")
         logits = [_logits(model, window) for window in windows]
         return cls(windows, logits, model.dtype, _blocks(model, windows[0][:LAYER_TOKENS]))
 
@@ -154,15 +156,12 @@ def broken_groups(experts: Sequence[Tensor], *, granularity: int) -> float:
     return broken / rows if rows else 0.0
 
 
-def _windows(texts: Sequence[Tensor], tokens: int, *, longest: int) -> list[Tensor]:
-    windows, taken = [], 0
+def windows_of(texts: Sequence[Tensor], *, tokens: int, size: int, shortest: int = 1) -> list[Tensor]:
+    """The first `tokens` token ids of texts in windows of at most `size` and at least `shortest`, each of one text."""
+    windows: list[Tensor] = []
     for text in texts:
-        for window in text[: tokens - taken].split(min(VERIFY_WINDOW, longest)):
-            if len(window) > 1:
-                windows.append(window)
-                taken += len(window)
-    if not windows:
-        raise DataError("no text of at least two tokens to compare on: give longer text")
+        left = tokens - sum(map(len, windows))
+        windows += [window for window in text[:left].split(size) if len(window) >= shortest]
     return windows
 
 

@@ -32,7 +32,7 @@ class LongText:
     def of(cls, model: PreTrainedModel, *, short: int) -> "LongText":
         """For a model whose other texts have up to `short` tokens."""
         most, length, last, unseen = longest_text(model), None, 0, []
-        for what, limit in sorted(_limits(model.config), key=lambda found: found[1]):
+        for what, limit in sorted(_limits(model.config), key=lambda entry: entry[1]):
             needed = min(limit + BEYOND, most)
             if limit >= most or needed <= short:
                 continue
@@ -51,12 +51,12 @@ class LongText:
 
 def _limits(config: Any) -> list[tuple[str, int]]:
     """From how many tokens on a model of this config computes something else, and what."""
-    found = []
+    limits = []
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is not None and (kinds is None or "sliding_attention" in kinds):
-        found.append(("the sliding window", int(window)))
+        limits.append(("the sliding window", int(window)))
     rope = getattr(config, "rope_parameters", None) or {}
     for settings in [rope, *(inner for inner in rope.values() if isinstance(inner, dict))]:  # one for each layer type
         if original := settings.get("original_max_position_embeddings"):
-            found.append(("the rotary scaling", int(original)))
-    return found
+            limits.append(("the rotary scaling", int(original)))
+    return limits

@@ -161,7 +161,7 @@ def main(folder: str, cases_file: str, out: str) -> dict[str, Any]:
     model.eval()
     with np.load(cases_file) as file:
         cases = {name: torch.from_numpy(file[name]) for name in file}
-    found: dict[str, Tensor] = {}
+    answers: dict[str, Tensor] = {}
     names = [name.removeprefix("ids/") for name in cases if name.startswith("ids/")]
     short = [name for name in names if f"keep/{name}" not in cases]
     longest = max(short, key=lambda name: int(cases[f"mask/{name}"].sum()))
@@ -169,14 +169,14 @@ def main(folder: str, cases_file: str, out: str) -> dict[str, Any]:
     for name in names:
         ids, mask = cases[f"ids/{name}"], cases[f"mask/{name}"]
         with recorded(model, blocks=not ours, outputs=name == longest) as (chosen, calls):
-            found[f"logits/{name}"] = forward(model, ids, mask, cases.get(f"keep/{name}"))
-        found |= {f"chosen/{name}/{number}": choice for number, choice in enumerate(chosen)}
+            answers[f"logits/{name}"] = forward(model, ids, mask, cases.get(f"keep/{name}"))
+        answers |= {f"chosen/{name}/{number}": choice for number, choice in enumerate(chosen)}
         if name == longest:
             faults = probe_experts(calls, chosen, mask.flatten().bool())
     ids = cases[f"ids/{longest}"][:1]
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    found["greedy"] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    np.savez(out, allow_pickle=False, **{name: tensor.numpy() for name, tensor in found.items()})
+    answers["greedy"] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    np.savez(out, allow_pickle=False, **{name: tensor.numpy() for name, tensor in answers.items()})
     class_name = type(model).__name__
     del model, calls, chosen  # before others are loaded
     deaf = [] if ours else probe_settings(folder, config, ids, torch.ones_like(ids))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from moewright.backbone.blocks import moe_layers
 from moewright.backbone.formats.base import Format
 from moewright.backbone.formats.own import OWN_TYPE
-from moewright.backbone.formats.runtimes import LLAMA_CPP, NOT_READ, SGLANG, VLLM
+from moewright.backbone.formats.runtimes import LLAMA_CPP, SGLANG, VLLM
 
 SOURCE_READ: Final = "its source was read, it was not run"
 
@@ -36,8 +36,7 @@ def runtimes(written_as: Format, model: PreTrainedModel) -> list[Runtime]:
     moe = next(iter(moe_layers(model).values())).config
     rows = []
     for runtime in (VLLM, SGLANG, LLAMA_CPP):
-        judge = written_as.runtimes.get(runtime)
-        verdict = NOT_READ if judge is None else judge(model.config, moe)
+        verdict = written_as.runtimes[runtime](model.config, moe)
         evidence = "none" if verdict.loads == "unknown" else SOURCE_READ
         rows.append(Runtime(runtime, verdict.loads, verdict.why, evidence))
     return rows

@@ -58,18 +58,18 @@ class Proof:
     @property
     def problems(self) -> list[str]:
         """Why the folder must not be trusted; empty if nothing was found."""
-        found = [f"tensors {', '.join(self.keys)} do not fit"] if self.keys else []
+        problems = [f"tensors {', '.join(self.keys)} do not fit"] if self.keys else []
         if not self.relative_logit_difference <= TOLERANCE:
-            found.append(f"logits differ by {self.relative_logit_difference:.1e} ({TOLERANCE:g} is allowed)")
+            problems.append(f"logits differ by {self.relative_logit_difference:.1e} ({TOLERANCE:g} is allowed)")
         if self.other_experts:
-            found.append(f"{self.other_experts} choices of experts differ")
+            problems.append(f"{self.other_experts} choices of experts differ")
         if not self.greedy_tokens_agree:
-            found.append("generated tokens differ")
+            problems.append("generated tokens differ")
         if self.expert_faults:
-            found.append(f"experts change the wrong tokens ({self.expert_faults[0]})")
+            problems.append(f"experts change the wrong tokens ({self.expert_faults[0]})")
         if self.deaf_settings:
-            found.append(f"it does not hear {', '.join(self.deaf_settings)}")
-        return found
+            problems.append(f"it ignores {', '.join(self.deaf_settings)}")
+        return problems
 
     @property
     def runtime_is_at_fault(self) -> bool:
@@ -108,11 +108,11 @@ class Reference:
         logits, choices = {}, {}
         with torch.no_grad():
             for name in _names(cases):
-                with _choices(model) as found:
+                with _choices(model) as chosen:
                     logits[name] = _forward(
                         model, cases[f"ids/{name}"], cases[f"mask/{name}"], cases.get(f"keep/{name}")
                     )
-                choices[name] = found
+                choices[name] = chosen
             short = [name for name in _names(cases) if name != LONG]
             longest = max(short, key=lambda name: int(cases[f"mask/{name}"].sum()))
             ids = cases[f"ids/{longest}"][:1]
@@ -134,23 +134,25 @@ def prove(folder: Path, reference: Reference, *, ours: bool) -> Proof:
         arguments = [str(folder), str(cases), str(out), *(["moewright.auto"] if ours else [])]
         facts = _run(arguments, cwd=None if ours else scratch)
         with np.load(out) as file:
-            found = {name: torch.from_numpy(file[name]) for name in file}
+            answers = {name: torch.from_numpy(file[name]) for name in file}
     if facts["moewright_imported"] != ours:
         raise ModelError(f"{folder}: moewright was imported by transformers; run it where nothing imports it at start")
     names = _names(reference.cases)
-    choices = {name: (0, None) if ours else _other_choices(found, reference, name) for name in names}
+    choices = {name: (0, None) if ours else _other_choices(answers, reference, name) for name in names}
     ends, unseen = {name: reference.cases[f"ids/{name}"].shape[1] for name in names}, reference.long.unseen
     if LONG in names and (broken := choices[LONG][1]) is not None:
         ends[LONG] = broken
         unseen += (f"what follows token {broken} of the long text: a tie of experts was broken the other way there",)
     # Not max(), which loses a NaN.
-    differences = [_difference(found[f"logits/{name}"], reference, name, end=end) for name, end in ends.items() if end]
-    keys = tuple(f"{kind.removesuffix('_keys')} {key}" for kind, some in facts["keys"].items() for key in some)
+    differences = [
+        _difference(answers[f"logits/{name}"], reference, name, end=end) for name, end in ends.items() if end
+    ]
+    keys = tuple(f"{kind.removesuffix('_keys')} {key}" for kind, names in facts["keys"].items() for key in names)
     return Proof(
         loaded_as=f"{facts['class']}, transformers {facts['transformers']}",
         relative_logit_difference=float(torch.tensor(differences).amax()),
         other_experts=sum(count for count, _ in choices.values()),
-        greedy_tokens_agree=torch.equal(found["greedy"], reference.greedy),
+        greedy_tokens_agree=torch.equal(answers["greedy"], reference.greedy),
         expert_faults=tuple(facts["expert_faults"]),
         deaf_settings=tuple(facts["deaf_settings"]),
         keys=keys,
@@ -186,20 +188,20 @@ def _cases(model: PreTrainedModel, long: LongText, *, seed: int) -> dict[str, Te
         ids = getattr(config, name, None)
         special.update(ids if isinstance(ids, list) else [ids])
     plain = torch.tensor([token for token in range(min(config.vocab_size, 4096)) if token not in special])
-    found: dict[str, Tensor] = {}
+    cases: dict[str, Tensor] = {}
     for length in LENGTHS:
         length = max(1, min(length, longest_text(model) - NEW_TOKENS))
         ids = plain[torch.randint(len(plain), (2, length), generator=generator)]
-        found |= {f"ids/{length}": ids, f"mask/{length}": torch.ones_like(ids)}
+        cases |= {f"ids/{length}": ids, f"mask/{length}": torch.ones_like(ids)}
     for side in ("left", "right"):
         ids = plain[torch.randint(len(plain), (2, 12), generator=generator)]
         mask = torch.ones_like(ids)
         mask[1, slice(0, 5) if side == "left" else slice(7, 12)] = 0
-        found |= {f"ids/{side}": ids, f"mask/{side}": mask}
+        cases |= {f"ids/{side}": ids, f"mask/{side}": mask}
     if long.length is not None:
         ids = plain[torch.randint(len(plain), (1, long.length), generator=generator)]
-        found |= {f"ids/{LONG}": ids, f"mask/{LONG}": torch.ones_like(ids), f"keep/{LONG}": long.positions()}
-    return found
+        cases |= {f"ids/{LONG}": ids, f"mask/{LONG}": torch.ones_like(ids), f"keep/{LONG}": long.positions()}
+    return cases
 
 
 def _names(cases: dict[str, Tensor]) -> list[str]:
@@ -215,16 +217,16 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor, keep: Tensor | N
 
 @contextmanager
 def _choices(model: PreTrainedModel) -> Iterator[list[Choice]]:
-    found: list[Choice] = []
+    choices: list[Choice] = []
 
     def collect(router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         assert isinstance(router, Router)
         values_TE = selection_values(routing.logits_TE, routing.scores_TE, args[1], bias_E=router.bias)
-        found.append(Choice(values_TE, routing.experts_TK))
+        choices.append(Choice(values_TE, routing.experts_TK))
 
     handles = [moe.router.register_forward_hook(collect) for moe in moe_layers(model).values()]
     try:
-        yield found
+        yield choices
     finally:
         for handle in handles:
             handle.remove()

@@ -149,20 +149,20 @@ GPT_NEOX: Final = Growth(
 def _t5_stack(name: str, *attentions: str) -> dict[str, Axes]:
     layer = f"{name}.block.{{layer}}.layer"
     block = f"{layer}.{len(attentions)}"
-    found = {
+    axes = {
         **_norm(f"{name}.final_layer_norm", feeds_head=name == "decoder"),
         f"{layer}.0.SelfAttention.relative_attention_bias.weight": Axes(("positions", "head")),
         **_norm(f"{block}.layer_norm"),
         **_linear(f"{block}.DenseReluDense.wo", "model", "feed_forward"),
     }
     for inner in ("wi", "wi_0", "wi_1"):
-        found |= _linear(f"{block}.DenseReluDense.{inner}", "feed_forward", "model")
+        axes |= _linear(f"{block}.DenseReluDense.{inner}", "feed_forward", "model")
     for place, attention in enumerate(attentions):
-        found |= _norm(f"{layer}.{place}.layer_norm")
-        found |= _linear(f"{layer}.{place}.{attention}.o", "model", "heads")
+        axes |= _norm(f"{layer}.{place}.layer_norm")
+        axes |= _linear(f"{layer}.{place}.{attention}.o", "model", "heads")
         for part in "qkv":
-            found |= _linear(f"{layer}.{place}.{attention}.{part}", "heads", "model")
-    return found
+            axes |= _linear(f"{layer}.{place}.{attention}.{part}", "heads", "model")
+    return axes
 
 
 T5: Final = Growth(
@@ -178,7 +178,7 @@ T5: Final = Growth(
 
 def _fairseq_stack(name: str, *attentions: str) -> dict[str, Axes]:
     layer = f"model.{name}.layers.{{layer}}"
-    found = {
+    axes = {
         f"model.{name}.embed_tokens.weight": _EMBEDDING,  # where it is not the shared one
         f"model.{name}.embed_positions.weight": Axes(("positions", "model")),
         **_norm(f"model.{name}.layernorm_embedding"),
@@ -188,11 +188,11 @@ def _fairseq_stack(name: str, *attentions: str) -> dict[str, Axes]:
         **_linear(f"{layer}.fc2", "model", "feed_forward"),
     }
     for attention in attentions:
-        found |= _norm(f"{layer}.{attention}_layer_norm")
-        found |= _linear(f"{layer}.{attention}.out_proj", "model", "heads")
+        axes |= _norm(f"{layer}.{attention}_layer_norm")
+        axes |= _linear(f"{layer}.{attention}.out_proj", "model", "heads")
         for part in "qkv":
-            found |= _linear(f"{layer}.{attention}.{part}_proj", "heads", "model")
-    return found
+            axes |= _linear(f"{layer}.{attention}.{part}_proj", "heads", "model")
+    return axes
 
 
 MBART: Final = Growth(

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.convert.conversion import Conversion
-from moewright.convert.make import ConversionReport, Track, make_folder, make_model
+from moewright.convert.make import ConversionReport, Track, make_folder
 from moewright.evaluate.compare import Comparison
 from moewright.grow.config import GrowConfig
 from moewright.grow.plan import GrowPlan
@@ -29,16 +28,8 @@ class Growth(Conversion):
         self.plan = plan
         self.tensors = GrownTensors(plan)
         self.folder, self.model, self.format, self.dtype = plan.folder, plan.model, plan.format, plan.dtype
-        self.settings = asdict(plan.config)
+        self.summary, self.settings = plan.summary(), asdict(plan.config)
         self.exact_by = None if plan.inexact else "width=fpi"
-
-    def memory_needed(self) -> int:
-        """As `GrownTensors.memory_needed`."""
-        return self.tensors.memory_needed()
-
-    def summary(self) -> dict[str, Any]:
-        """As `GrowPlan.summary`."""
-        return self.plan.summary()
 
     def facts(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         """The source of each layer, and why the grown model is another function than its source."""
@@ -81,8 +72,3 @@ def grow_folder(
 def growth_of(source: str | Path, config: GrowConfig, *, dtype: torch.dtype | None = None) -> Growth:
     """Open a dense folder and plan what it grows into."""
     return Growth(GrowPlan(ModelFolder(source), config, dtype=dtype))
-
-
-def grow_model(source: str | Path, config: GrowConfig, *, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The same model in memory, on CPU in evaluation mode, and its record for `moewright.json` (`make_model`)."""
-    return make_model(growth_of(source, config, dtype=dtype))

@@ -201,11 +201,10 @@ class _Run:
     def __init__(self, config: RunConfig, started: Start, progress: Progress) -> None:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
         self.started, self.model, self.ranks = started, started.model, started.parallel.ranks
-        betas = (self.settings.beta1, self.settings.beta2)
         self.optimizer = make_optimizer(
             self.model,
             weight_decay=self.settings.weight_decay,
-            betas=betas,
+            betas=(self.settings.beta1, self.settings.beta2),
             router_ratio=self.settings.router_learning_rate_ratio,
         )
         self.routing = routing_step(self.model, self.ranks.group)

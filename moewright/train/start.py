@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from moewright.data.pack import PackedRows, pack, shuffled
 from moewright.data.texts import digest, expand
 from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError, settings_written
+from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import ParallelConfig, resolve
@@ -76,8 +78,9 @@ def start(
     Raises UsageError, ModelError and DataError for all that can be wrong with model or text, ResourceError for a disk
     without room for the result; then no weights were read, unless upcycling measures on them.
     """
-    if config.moe.kernel != "auto":
-        kernel_named(config.moe.kernel)
+    with _as_keys(config.moe, table="moe"):
+        if config.moe.kernel != "auto":
+            kernel_named(config.moe.kernel)
     device = device_of(config.train.device)
     source = ModelFolder(config.model)
     _require_possible(config.data, source)
@@ -135,8 +138,7 @@ def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, 
         tensors: TensorSource = FolderSource(source)
         record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
     else:
-        names = [field.name for field in fields(config.upcycle)]
-        with settings_written(names, write=lambda name: f"upcycle.{name} = "):
+        with _as_keys(config.upcycle, table="upcycle"):
             upcycling = upcycling_of(config.model, config.upcycle, dtype=torch.float32)
         model, written_as, tensors = upcycling.model, upcycling.format, upcycling.tensors
         record = record_of(upcycling, [])
@@ -145,6 +147,11 @@ def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, 
             f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
         )
     return model, written_as, tensors, record
+
+
+def _as_keys(settings: MoESettings | UpcycleConfig, *, table: str) -> AbstractContextManager[None]:
+    """Have errors and warnings name these settings as keys of the run file."""
+    return settings_written([field.name for field in fields(settings)], write=lambda name: f"{table}.{name} = ")
 
 
 def text_digests(data: DataConfig) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Dense to sparse: plan, methods, scaling, verification."""
+"""Dense to sparse: plan, measure, make."""

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from moewright.checkpoint.ahead import HashesAhead, hash_ahead
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.write import FolderWriter
 from moewright.convert.conversion import Conversion
-from moewright.convert.make import ConversionReport, Track, make_folder, make_model
+from moewright.convert.make import ConversionReport, Track, make_folder
 from moewright.data.texts import digest
 from moewright.evaluate.compare import Comparison
 from moewright.upcycle.config import UpcycleConfig
@@ -33,17 +32,9 @@ class Upcycling(Conversion):
         self.plan, self.measured = plan, measured
         self.tensors = SparseTensors(plan, measured)
         self.folder, self.model, self.format, self.dtype = plan.folder, plan.model, plan.format, plan.dtype
-        self.settings = plan.config.settings()
+        self.summary, self.settings = plan.summary(), plan.config.settings()
         self.exact_by = "scale=exact" if plan.config.scale == "exact" else None
         self.granularity = plan.config.tied
-
-    def memory_needed(self) -> int:
-        """As `SparseTensors.memory_needed`."""
-        return self.tensors.memory_needed()
-
-    def summary(self) -> dict[str, Any]:
-        """As `UpcyclePlan.summary`."""
-        return self.plan.summary()
 
     def facts(self, comparisons: Sequence[Comparison]) -> dict[str, Any]:
         """By sparse layer: factors of gate, up and down; the weight sum where one was calibrated, and the relative
@@ -107,13 +98,6 @@ def upcycling_of(
     """Open a dense folder, plan and measure; `calibration_texts`, token ids, replace the config's calibration text."""
     plan = UpcyclePlan(ModelFolder(source), config, dtype=dtype)
     return Upcycling(plan, measure(plan, texts=calibration_texts))
-
-
-def upcycle_model(
-    source: str | Path, config: UpcycleConfig, *, dtype: torch.dtype
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The same model in memory, on CPU in evaluation mode, and its record for `moewright.json` (`make_model`)."""
-    return make_model(upcycling_of(source, config, dtype=dtype))
 
 
 def file_digests(config: UpcycleConfig) -> dict[str, Any]:

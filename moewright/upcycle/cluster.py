@@ -6,8 +6,6 @@ Letters: N points, A features, C clusters, F points a cluster (N = C * F).
 import torch
 from torch import Tensor
 
-from moewright.errors import UsageError
-
 ITERATIONS = 30
 SWEEPS = 20
 
@@ -19,12 +17,9 @@ def balanced_clusters(x_NA: Tensor, *, clusters: int, generator: torch.Generator
     clusters makes the sum of squared distances to the centroids smaller (the best assignment for two clusters; for
     more, an exchange around three or more might). Arithmetic in float32, or in float64 for such points; the same points
     and generator give the same clusters. An iteration costs O(N A C) and C sorts of N numbers.
-
-    Raises `UsageError` if the points cannot be dealt out evenly.
     """
-    N, C = len(x_NA), clusters
-    if C < 1 or N == 0 or N % C:
-        raise UsageError(f"{N} points cannot be dealt to {C} clusters evenly: use a number that divides {N}")
+    C = clusters
+    assert len(x_NA) % C == 0, "points that cannot be dealt out evenly"
     x_NA = x_NA.to(torch.promote_types(x_NA.dtype, torch.float32))
     centroids_CA = _seeds(x_NA, C, generator)
     # Points in the order of their nearest centroid, cut evenly: wrong at the cuts, which the exchanges mend.

@@ -16,6 +16,7 @@ SharedNeurons = Literal["first", "important", "new"]
 _NAMES: Final = {
     "router_order": (None, *ROUTER_ORDERS),
     "scale": (None, *get_args(Scale)),
+    "redraw_sets": get_args(IndexSets),
     "neurons": get_args(Neurons),
     "router_start": get_args(RouterStart),
     "shared_mode": get_args(SharedMode),
@@ -28,30 +29,6 @@ FROM_DATA: Final = ("centroids", "prompts")
 
 PATHS: Final = ("siblings", "prompts", "calibration_text")
 """The fields that name files; the record of a model holds digests of their content instead."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changes:
-    """How experts are made different from the dense block, and from each other; by default not at all."""
-
-    noise: float = 0.0
-    """Standard deviation of Gaussian noise on each matrix of an expert, relative to that of its own elements."""
-
-    redraw: float = 0.0
-    """r of Drop-Upcycling (arXiv 2502.19261): the fraction of an expert's neurons that is drawn anew."""
-
-    redraw_sets: IndexSets = "shared"
-    """Whether gate, up and down lose the same neurons, as the paper says, or `separate` ones, as its code does."""
-
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.noise < float("inf"):
-            raise UsageError(f"noise={self.noise}: it must be a finite number, 0 or more")
-        if not 0.0 <= self.redraw <= 1.0:
-            raise UsageError(f"redraw={self.redraw}: it must be a fraction from 0 to 1")
-        if self.redraw_sets not in get_args(IndexSets):
-            raise UsageError(f"redraw_sets={self.redraw_sets!r}: choose one of {', '.join(get_args(IndexSets))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +119,8 @@ class UpcycleConfig:
     def __post_init__(self) -> None:
         if self.split and self.granularity == 1:
             object.__setattr__(self, "granularity", self.experts)
-        _ = self.changes  # refuses numbers that make no sense
         for problem in self._problems():
             raise UsageError(problem)
-        if self.siblings:
-            require_siblings_fit(siblings=1 + len(self.siblings), experts=self.experts, granularity=self.granularity)
 
     def _problems(self) -> Iterator[str]:
         """Why this configuration is refused, the plainest reason first."""
@@ -159,6 +133,10 @@ class UpcycleConfig:
         for name, allowed in _NAMES.items():
             if (value := getattr(self, name)) not in allowed:
                 yield f"{name}={value!r}: choose one of {', '.join(str(name) for name in allowed if name is not None)}"
+        if not 0.0 <= self.noise < float("inf"):
+            yield f"noise={self.noise}: it must be a finite number, 0 or more"
+        if not 0.0 <= self.redraw <= 1.0:
+            yield f"redraw={self.redraw}: it must be a fraction from 0 to 1"
         for name in ("router_std", "router_logit_std"):
             if (value := getattr(self, name)) is not None and not 0.0 < value < float("inf"):
                 yield f"{name}={value}: it must be a finite number above 0"
@@ -187,6 +165,12 @@ class UpcycleConfig:
             yield (
                 "neurons=important without split: copies of parts of unequal importance are no virtual groups; "
                 "set split, or use shuffled or clustered"
+            )
+        owners = 1 + len(self.siblings)
+        if owners > 1 and N % (G * owners):
+            yield (
+                f"experts={N} with granularity={G} and {owners} siblings: each owns equally many virtual groups, so "
+                f"use a multiple of {G * owners} experts"
             )
 
     def _router_problems(self) -> Iterator[str]:
@@ -235,11 +219,6 @@ class UpcycleConfig:
             name = "noise" if self.noise else "redraw"
             return f"{name}={getattr(self, name)}: experts compute something else than the block"
         return None
-
-    @property
-    def changes(self) -> Changes:
-        """The changes made in each expert."""
-        return Changes(noise=self.noise, redraw=self.redraw, redraw_sets=self.redraw_sets, seed=self.seed)
 
     @property
     def tied(self) -> int:
@@ -322,14 +301,3 @@ class UpcycleConfig:
     def settings(self) -> dict[str, Any]:
         """The settings in the record of a model: all but the names of files."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in PATHS}
-
-
-def require_siblings_fit(*, siblings: int, experts: int, granularity: int) -> None:
-    """`UsageError` unless every sibling owns equally many virtual groups, one at least."""
-    if siblings < 2:
-        raise UsageError(f"{siblings} model to mix: branch-train-mix takes two or more fine-tuned siblings")
-    if experts % (granularity * siblings):
-        raise UsageError(
-            f"experts={experts} with granularity={granularity} and {siblings} siblings: each owns equally many virtual "
-            f"groups, so use a multiple of {granularity * siblings} experts"
-        )

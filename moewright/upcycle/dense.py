@@ -82,12 +82,11 @@ def dense_model(folders: Sequence[ModelFolder]) -> PreTrainedModel:
                 f"{folder.path} is already a mixture of experts ({folder.config['model_type']}); give a dense model"
             )
         models.append(open_skeleton(folder)[0])
-    if len(folders) > 1:
-        check_siblings(folders)
-        for folder, model in zip(folders, models, strict=True):
-            if has_tied_head(model) != has_tied_head(models[0]):
-                raise ModelError(
-                    f"{folder.path} is no sibling of {folders[0].path}: only one of them has tied embeddings; mix "
-                    "models fine-tuned from one model"
-                )
+    check_siblings(folders)
+    for folder, model in zip(folders, models, strict=True):
+        if has_tied_head(model) != has_tied_head(models[0]):
+            raise ModelError(
+                f"{folder.path} is no sibling of {folders[0].path}: only one of them has tied embeddings; mix models "
+                "fine-tuned from one model"
+            )
     return models[0]

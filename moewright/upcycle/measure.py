@@ -46,24 +46,19 @@ def measure(plan: UpcyclePlan, *, texts: Sequence[Tensor] | None = None) -> Meas
     texts = _calibration_texts(plan, texts)
     loads = texts is not None or config.router_start == "prompts"
     model = load_model(plan.folder.path, dtype=torch.float32) if loads else None
-    rows: dict[int, Tensor] = {}
-    if config.router_start == "prompts":
-        assert model is not None
-        rows = _rows_from_prompts(plan, model)
-    calibrates = config.scale == "calibrated"
-    centroids = config.router_start == "centroids"
+    rows = _rows_from_prompts(plan, model) if model is not None and config.router_start == "prompts" else {}
+    calibrates, centroids = config.scale == "calibrated", config.router_start == "centroids"
     routers = _routers(plan, rows) if calibrates and not centroids else {}
+    wanted = Wanted(
+        routers=routers,
+        top_k=config.top_k,
+        inputs=centroids,
+        hidden=config.neurons == "clustered",
+        importance=config.needs_importance,
+        seed=config.seed,
+    )
     observed = Observed()
-    if texts is not None:
-        assert model is not None
-        wanted = Wanted(
-            routers=routers,
-            top_k=config.top_k,
-            inputs=centroids,
-            hidden=config.neurons == "clustered",
-            importance=config.needs_importance,
-            seed=config.seed,
-        )
+    if model is not None and texts is not None:
         observed = observe(model, plan.layers, texts, wanted=wanted)
     sums = observed.weight_sums
     if centroids:
@@ -97,7 +92,7 @@ def expected_weight_sums(plan: UpcyclePlan, routers: Mapping[int, Tensor]) -> di
         if place.stack.norm is None:
             raise UsageError(
                 f"scale=calibrated of a {backbone.model_type} model: its blocks read no norm, so their inputs must be "
-                "measured; give a calibration text"
+                "measured; give a calibration_text"
             )
         norm = f"{place.layer}.{place.stack.norm}"
         scale_D = folder.read(f"{norm}.weight") + family.norm_offset
@@ -113,12 +108,11 @@ def _calibration_texts(plan: UpcyclePlan, texts: Sequence[Tensor] | None) -> Seq
         texts = tokenise(plan.folder.path, [config.calibration_text], vocabulary=plan.source.backbone.vocab_size)
     if texts is None and (setting := config.needs_text()):
         raise UsageError(
-            f"{setting} is measured on text: give a calibration text like what the model will see "
-            "(--calibration-text, or calibration_text in a run file)"
+            f"{setting} is measured on text: give a calibration_text like the text that the model will see"
         )
     if texts is not None and not config.uses_text():
         warnings.warn(
-            f"the calibration text is ignored: scale={config.scale} with neurons={config.neurons} needs none",
+            f"calibration_text is ignored: scale={config.scale} with neurons={config.neurons} needs none",
             stacklevel=3,
         )
         return None

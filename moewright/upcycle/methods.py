@@ -10,16 +10,12 @@ A block has the parts `gate` and `up`, (W, D), or `up` alone, `down`, (D, W), ma
 `down_bias`, (D,), which belongs to the block and to no neuron (`bias_factors`).
 """
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from moewright.moe.config import SharedMode
-from moewright.upcycle.config import Changes
+from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.seeds import generator
-
-UNCHANGED: Final = Changes()
 
 
 def expert_part(
@@ -29,16 +25,20 @@ def expert_part(
     neurons_F: Tensor,
     layer: int,
     expert: int,
-    changes: Changes = UNCHANGED,
+    config: UpcycleConfig | None = None,
     factor: float | Tensor = 1.0,
     dtype: torch.dtype,
 ) -> Tensor:
     """One tensor of one expert, from a part of the dense block that belongs to its neurons: not `down_bias`.
 
+    With a `config` it is changed as that says.
+
     Gate and up: (W, D) -> (F, D); down: (D, W) -> (D, F); biases: (W,) -> (F,). Rounded once, to `dtype`; a view of
     `dense` where the neurons are neighbours and nothing is changed.
     """
-    piece = changed(take(dense, part, neurons_F=neurons_F), part, changes=changes, layer=layer, expert=expert)
+    piece = take(dense, part, neurons_F=neurons_F)
+    if config is not None:
+        piece = changed(piece, part, config=config, layer=layer, expert=expert)
     return scaled(piece, factor=factor, dtype=dtype)
 
 
@@ -61,24 +61,24 @@ def neuron_dim(part: str) -> int:
     return 1 if part == "down" else 0
 
 
-def changed(piece: Tensor, part: str, *, changes: Changes, layer: int, expert: int) -> Tensor:
+def changed(piece: Tensor, part: str, *, config: UpcycleConfig, layer: int, expert: int) -> Tensor:
     """An expert's share with some of its neurons drawn anew, and then noise on it; as it is where neither is asked for.
 
     Arithmetic and result in float32 (float64 for such weights). Draws depend on seed, layer, expert and part alone.
     Biases of a redrawn neuron are drawn anew with it; they get no noise.
     """
-    if changes.redraw:
+    if config.redraw:
         width = piece.shape[neuron_dim(part)]
-        redrawn_N = redrawn_neurons(width, part, changes=changes, layer=layer, expert=expert)
-        draws = generator(changes.seed, layer=layer, stream=f"redraw/{part}", expert=expert)
+        redrawn_N = redrawn_neurons(width, part, config=config, layer=layer, expert=expert)
+        draws = generator(config.seed, layer=layer, stream=f"redraw/{part}", expert=expert)
         piece = redrawn(piece, part, neurons_N=redrawn_N, draws=draws)
-    if changes.noise and piece.dim() > 1:
-        draws = generator(changes.seed, layer=layer, stream=f"noise/{part}", expert=expert)
-        piece = with_noise(piece, relative_std=changes.noise, draws=draws)
+    if config.noise and piece.dim() > 1:
+        draws = generator(config.seed, layer=layer, stream=f"noise/{part}", expert=expert)
+        piece = with_noise(piece, relative_std=config.noise, draws=draws)
     return piece
 
 
-def redrawn_neurons(width: int, part: str, *, changes: Changes, layer: int, expert: int) -> Tensor:
+def redrawn_neurons(width: int, part: str, *, config: UpcycleConfig, layer: int, expert: int) -> Tensor:
     """Which of an expert's F = `width` neurons are drawn anew in a part of it: round(r F) of them, ascending.
 
     Under `shared` the same for all parts, so that F - round(r F) neurons stay whole. The released code of
@@ -86,9 +86,9 @@ def redrawn_neurons(width: int, part: str, *, changes: Changes, layer: int, expe
     three of their rows and columns, 1/8 at r = 0.5, and almost all others are chimeras. A bias goes with its matrix.
     """
     matrix = part.removesuffix("_bias")
-    stream = "redraw" if changes.redraw_sets == "shared" else f"redraw/{matrix}/neurons"
-    draws = generator(changes.seed, layer=layer, stream=stream, expert=expert)
-    return torch.randperm(width, generator=draws)[: round(changes.redraw * width)].sort().values
+    stream = "redraw" if config.redraw_sets == "shared" else f"redraw/{matrix}/neurons"
+    draws = generator(config.seed, layer=layer, stream=stream, expert=expert)
+    return torch.randperm(width, generator=draws)[: round(config.redraw * width)].sort().values
 
 
 def redrawn(piece: Tensor, part: str, *, neurons_N: Tensor, draws: torch.Generator) -> Tensor:

@@ -73,21 +73,18 @@ def held_neurons(
 
 def contiguous(width: int, *, parts: int) -> Tensor:
     """The partition into runs of neighbours, (P, F); an expert's share of a projection is then a view."""
-    _require_divides(parts, width)
-    return torch.arange(width).view(parts, -1)
+    return torch.arange(width).view(parts, _size(width, parts=parts))
 
 
 def round_robin(width: int, *, parts: int) -> Tensor:
     """The partition that deals neurons out one by one, (P, F): part p holds p, p + P, p + 2P, ..."""
-    _require_divides(parts, width)
-    return torch.arange(width).view(-1, parts).t().contiguous()
+    return torch.arange(width).view(_size(width, parts=parts), parts).t().contiguous()
 
 
 def shuffled(width: int, *, parts: int, seed: int, layer: int) -> Tensor:
     """A random partition, (P, F), each row ascending."""
-    _require_divides(parts, width)
     order_W = torch.randperm(width, generator=generator(seed, layer=layer, stream="partition"))
-    return order_W.view(parts, -1).sort(dim=1).values
+    return order_W.view(parts, _size(width, parts=parts)).sort(dim=1).values
 
 
 def clustered(features_WA: Tensor, *, parts: int, seed: int, layer: int) -> Tensor:
@@ -97,7 +94,6 @@ def clustered(features_WA: Tensor, *, parts: int, seed: int, layer: int) -> Tens
     the gate (or of the one first matrix), for neurons that react to the same inputs (the parameter clustering
     of MoEfication, arXiv 2110.01786).
     """
-    _require_divides(parts, len(features_WA))
     return balanced_clusters(features_WA, clusters=parts, generator=generator(seed, layer=layer, stream="clusters"))
 
 
@@ -109,10 +105,7 @@ def virtual_groups(partition_PF: Tensor, *, experts: int) -> Tensor:
     """
     parts = len(partition_PF)
     assert len(partition_PF.unique()) == partition_PF.numel(), "a neuron in two parts would count twice"
-    if experts % parts:
-        raise UsageError(
-            f"experts={experts} is not a multiple of granularity={parts}: every shard needs as many copies"
-        )
+    assert experts % parts == 0, "UpcycleConfig refuses experts that are no multiple of the granularity"
     return partition_PF.repeat(experts // parts, 1)
 
 
@@ -131,8 +124,7 @@ def carve(width: int, *, size: int, importance_W: Tensor | None = None) -> tuple
     Shared are the `size` most important neurons, of equal ones the first; without `importance` the first `size`. A
     partition of what is left is `left_R[contiguous(len(left_R), parts=G)]`, and so on.
     """
-    if not 0 < size < width:
-        raise UsageError(f"shared_size={size}: a shared expert carved from a width of {width} takes 1 to {width - 1}")
+    assert 0 < size < width, "UpcyclePlan refuses a shared expert that leaves nothing"
     order_W = torch.arange(width) if importance_W is None else _by_importance(importance_W)
     return order_W[:size].sort().values, order_W[size:].sort().values
 
@@ -144,11 +136,9 @@ def important(importance_W: Tensor, *, experts: int, shared: int) -> Tensor:
     importance, and the surplus of each expert, its least important ones, is dropped: `shared * (E - 1)` neurons in all,
     since the experts together have as many weights as the block.
     """
-    W, E = len(importance_W), experts
-    _require_divides(E, W)
-    F = W // E
+    E, F = experts, _size(len(importance_W), parts=experts)
     if not 0 <= shared <= F:
-        raise UsageError(f"shared neurons {shared}: an expert of width {F} holds 0 to {F} of them")
+        raise UsageError(f"common_neurons={shared}: an expert of width {F} holds 0 to {F} of them")
     order_W = _by_importance(importance_W)
     dealt_EF = order_W[shared : shared + E * (F - shared)].view(F - shared, E).t()
     return torch.cat((order_W[:shared].expand(E, -1), dealt_EF), dim=1)
@@ -172,7 +162,6 @@ def _by_importance(importance_W: Tensor) -> Tensor:
     return importance_W.argsort(descending=True, stable=True)
 
 
-def _require_divides(parts: int, width: int) -> None:
-    if parts < 1 or width % parts:
-        allowed = ", ".join(str(n) for n in range(1, 65) if width % n == 0)
-        raise UsageError(f"{parts} parts do not divide the feed-forward width {width} evenly; use one of {allowed}")
+def _size(width: int, *, parts: int) -> int:
+    assert width % parts == 0, "UpcyclePlan refuses parts of unequal size"
+    return width // parts

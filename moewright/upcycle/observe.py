@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from moewright.backbone.skeleton import longest_text, text_logits
 from moewright.errors import DataError
 from moewright.evaluate.blocks import blocks_of, downs_of, rows_seen
+from moewright.evaluate.compare import windows_of
 from moewright.family.table import family_of
 from moewright.upcycle.methods import neuron_dim
 from moewright.upcycle.scale import mean_weight_sum
@@ -78,7 +79,7 @@ class _Observer:
         self, model: PreTrainedModel, layers: Collection[int], texts: Sequence[Tensor], wanted: Wanted
     ) -> None:
         self.model, self.wanted, self.layers = model, wanted, layers
-        self.windows = list(_windows(texts, longest=longest_text(model)))
+        self.windows = windows_of(texts, tokens=OBSERVED_TOKENS, size=min(WINDOW, longest_text(model)))
         self.tokens = sum(map(len, self.windows))
         if not self.tokens:
             raise DataError("the calibration text holds no token: give some text like what the model will see")
@@ -179,15 +180,6 @@ def first_order(part: str, weight: Tensor, gradient: Tensor) -> Tensor:
     if product.dim() > 1:
         product = product.sum(dim=1 - neuron_dim(part), dtype=torch.float64)
     return product.double()
-
-
-def _windows(texts: Sequence[Tensor], *, longest: int) -> list[Tensor]:
-    windows: list[Tensor] = []
-    for text in texts:
-        left = OBSERVED_TOKENS - sum(map(len, windows))
-        # A split of nothing is one empty window.
-        windows += [window for window in text[:left].split(min(WINDOW, longest)) if len(window)]
-    return windows
 
 
 @torch.no_grad()

@@ -77,7 +77,10 @@ def orthogonal_rows(groups: int, *, hidden_size: int, std: float, seed: int, lay
     For Gaussian inputs logits are then independent, and of equal spread. `UsageError` for more groups than D.
     """
     if groups > hidden_size:
-        raise UsageError(f"{groups} orthogonal router rows of width {hidden_size}: there are {hidden_size} at most")
+        raise UsageError(
+            f"router_start=orthogonal with {groups} virtual groups of experts: at most {hidden_size} rows are at right "
+            "angles in that width; use fewer groups, or normal rows"
+        )
     rows_MD = torch.empty(groups, hidden_size)
     return nn.init.orthogonal_(rows_MD, gain=std * hidden_size**0.5, generator=generator(seed, layer=layer))
 
@@ -86,9 +89,9 @@ def centroid_rows(x_TD: Tensor, *, groups: int, seed: int, layer: int) -> Tensor
     """Rows of length 1 towards the centroids of M balanced clusters of hidden states; not yet scaled.
 
     Clusters are of directions from the mean token. The last T mod M tokens are left out, so that clusters are equal.
-    Raises `UsageError` for less than two groups, `DataError` for fewer tokens than groups or tokens that do not differ.
+    Raises `DataError` for fewer tokens than groups or tokens that do not differ.
     """
-    _require_groups(groups)
+    assert groups > 1, "UpcycleConfig refuses a router without a choice"
     x_TD = x_TD[: len(x_TD) // groups * groups]
     if not len(x_TD):
         raise DataError(f"too few tokens to find {groups} clusters of them: give more text")
@@ -107,10 +110,8 @@ def prompt_rows(states: Sequence[Sequence[Tensor]]) -> Tensor:
     group as the mean of its prompts. This is the idea of mergekit-moe's `hidden_avg` gates (`hidden` takes the last
     token), which read the residual stream before the layer, and leave all that the groups have in common in.
 
-    Raises `UsageError` for less than two groups, `DataError` for a group without tokens and for groups whose prompts
-    cannot be told apart.
+    Raises `DataError` for a group without tokens and for groups whose prompts cannot be told apart.
     """
-    _require_groups(len(states))
     for group, prompts in enumerate(states):
         if not prompts or not all(len(state_TD) for state_TD in prompts):
             raise DataError(f"no prompt, or an empty one, for router group {group}: each group needs some text")
@@ -155,21 +156,10 @@ def with_logit_std(rows_MD: Tensor, x_TD: Tensor, *, std: float) -> Tensor:
     It is the root of the mean over tokens of the variance over the M groups (over M - 1), as the softmax sees it. Rows
     from N(0, s^2) have s * sqrt(D) for tokens of length sqrt(D). Computed in float32, or float64 for such rows.
 
-    Raises `UsageError` for less than two groups or a std that is none, `DataError` if no logits differ.
+    Raises `DataError` if no logits differ.
     """
-    _require_groups(len(rows_MD))
-    if not 0.0 < std < float("inf"):
-        raise UsageError(f"logit std {std}: it must be a finite number above 0")
     logits_TM = x_TD.to(rows_MD.dtype) @ rows_MD.t()
     std_now = float(logits_TM.var(dim=1, correction=1).mean().sqrt())
     if not 0.0 < std_now < float("inf"):
         raise DataError(f"router logits on the text given have a deviation of {std_now}: give text like that of use")
     return rows_MD * (std / std_now)
-
-
-def _require_groups(groups: int) -> None:
-    if groups < 2:
-        raise UsageError(
-            f"{groups} virtual group of experts: a token has nothing to choose between; use more experts, a smaller "
-            "granularity, or normal router rows"
-        )

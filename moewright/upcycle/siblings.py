@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.untrusted import file_inside, read_json
-from moewright.errors import ModelError, UsageError
+from moewright.errors import ModelError
 from moewright.family.config import backbone_config
 from moewright.family.table import family_of
 
@@ -68,10 +68,8 @@ def check_siblings(folders: Sequence[ModelFolder]) -> None:
 
     Compared with the first: config fields, with the family's defaults in place (but for the `HARMLESS` ones), names and
     shapes of tensors, and the vocabulary of tokenizer.json where both have one.
-    Raises `ModelError` naming the first difference, `UsageError` for less than two folders.
+    Raises `ModelError` naming the first difference.
     """
-    if len(folders) < 2:
-        raise UsageError(f"{len(folders)} model to mix: branch-train-mix takes two or more fine-tuned siblings")
     first = folders[0]
     for other in folders[1:]:
         for difference in (_config_difference, _tensor_difference, _vocabulary_difference):

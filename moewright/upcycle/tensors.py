@@ -161,7 +161,7 @@ class SparseTensors(TensorMaker):
                 neurons_F=held.routed_EF[piece.expert],
                 layer=layer,
                 expert=piece.expert,
-                changes=config.changes,
+                config=config,
                 factor=factor,
                 dtype=dtype,
             )

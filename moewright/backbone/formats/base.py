@@ -45,7 +45,7 @@ class Format(ABC):
     name: str
     """The model_type in config.json."""
     runtimes: Mapping[str, Judge] = field(default_factory=dict)
-    """Which runtimes compute it; one that is not named was not read."""
+    """Which runtimes compute its folders; none is asked of a dense one."""
     faulty: bool = False
     """Whether transformers' own code mixes its experts up; then it is chosen only where someone asks for it."""
 
@@ -69,13 +69,27 @@ class Format(ABC):
         which. `tied` says whether input and output embeddings are one parameter. Raises `ModelError`.
         """
 
-    @abstractmethod
+    # -- a format may say --
+
     def slots(self, model: PreTrainedModel) -> list[Slot]:
-        """Every tensor of the folder that this model is written to, in the order of writing."""
+        """Every tensor of the folder that this model is written to, in the order of writing: that of the model."""
+        family, sparse = family_of(model.config), moe_layers(model)
+        places = family.places(model.config)
+        paths = {f"{moe_path(places[layer])}.": layer for layer in sparse}
+        slots = []
+        for name, tensor in state_tensors(model):
+            path = next((path for path in paths if name.startswith(path)), None)
+            if path is None:
+                slots.append(Slot(name=self.on_disk(name, family), shape=tuple(tensor.shape), target=name))
+            else:
+                layer, inside = paths[path], name.removeprefix(path)
+                on_disk = _name_in_memory(places[layer], inside)
+                slots.append(whole_slot(on_disk, inside, sparse[layer], place=places[layer], layer=layer))
+        return slots
 
     def router_name(self, place: Place, family: Family) -> str:
         """The name on disk of a layer's router."""
-        return f"{moe_path(place)}.router.weight"
+        return _name_in_memory(place, "router.weight")
 
     def on_disk(self, name: str, family: Family) -> str:
         """The name on disk of a tensor that is not of a MoELayer, or of a layer's path."""
@@ -115,6 +129,11 @@ class Format(ABC):
             "moewright": __version__,
             "tie_word_embeddings": has_tied_head(model),
         } | (self.remembered(next(iter(layers.values()))) if layers else {})
+
+
+def _name_in_memory(place: Place, inside: str) -> str:
+    """The name of a tensor of a MoELayer; where a layer has no module for it, below `moe`."""
+    return f"{moe_path(place) if place.stack.block else f'{place.layer}.moe'}.{inside}"
 
 
 _ALWAYS_HELD: Final = frozenset({"hidden_size", "activation", "gated", "expert_bias"})
@@ -159,14 +178,6 @@ class Twin(Format):
         """Config fields beyond its rows."""
         return {}
 
-    def settings(self, fields: Fields, record: Fields) -> dict[str, Any]:
-        """What the fields, and the folder's moewright.json, say of a layer. Raises `ModelError` for what we cannot
-        compute."""
-        settings: dict[str, Any] = {}
-        for row in self.rows:
-            settings |= row.read(fields, record)
-        return settings
-
     def backbone(self, fields: Mapping[str, Any]) -> str:
         """The family that a folder is read as if moewright.json does not say which; `ModelError` if none is it."""
         return self.backbones[0]
@@ -180,8 +191,6 @@ class Twin(Format):
     def refuses(self, config: PreTrainedConfig, layers: Layers) -> str | None:
         if config.model_type not in self.backbones:
             return f"it stands for {' or '.join(self.backbones)}"
-        if not layers:
-            return "it has sparse layers, and this model has none"
         compared = [field.name for field in fields(MoEConfig) if field.name not in TRAINING_FIELDS]
         if len({tuple(getattr(moe, name) for name in compared) for moe in layers.values()}) > 1:
             return "its sparse layers differ from one another"
@@ -229,8 +238,10 @@ class Twin(Format):
             )
         changes = {"model_type": backbone, "tie_word_embeddings": tied}
         config = backbone_config(dict(fields) | changes | self.backbone_fields(fields, backbone=backbone))
-        said = Fields(fields, self.name)
-        settings = self.settings(said, Fields(record, self.name, file="moewright.json"))
+        said, remembered = Fields(fields, self.name), Fields(record, self.name, file="moewright.json")
+        settings: dict[str, Any] = {}
+        for row in self.rows:
+            settings |= row.read(said, remembered)
         sparse = self.sparse.read_layers(said, config)
         if not sparse:
             raise ModelError(f"config.json of type {self.name}: none of its layers is sparse")
@@ -261,11 +272,7 @@ class Twin(Format):
         family, sparse = family_of(model.config), moe_layers(model)
         places = family.places(model.config)
         paths = tuple(f"{moe_path(places[layer])}." for layer in sparse)
-        slots = [
-            Slot(name=self.on_disk(name, family), shape=tuple(tensor.shape), target=name)
-            for name, tensor in state_tensors(model)
-            if not name.startswith(paths)
-        ]
+        slots = [slot for slot in super().slots(model) if not str(slot.target).startswith(paths)]
         if self.unties and has_tied_head(model):
             shape = tuple(embedding_of(model).shape)
             slots.append(Slot(name=self.on_disk(family.head, family), shape=shape, target=family.embedding, tied=True))

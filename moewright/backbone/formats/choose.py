@@ -53,12 +53,6 @@ def formats_of(config: PreTrainedConfig, layers: Layers) -> list[Format]:
     return [each for each in FORMATS.values() if each.refuses(config, layers) is None]
 
 
-def refusals(config: PreTrainedConfig, layers: Layers) -> dict[str, str]:
-    """Why no twin of this backbone computes the model, by twin; those that do are not in it."""
-    reasons = {twin.name: twin.refuses(config, layers) for twin in TWINS if config.model_type in twin.backbones}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
 def is_sparse(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a mixture of experts that we know; `ModelError` if we know it neither way."""
     return _model_type(fields) in FORMATS

@@ -12,6 +12,7 @@ from moewright.backbone.blocks import moe_layers
 from moewright.backbone.formats.base import Twin
 from moewright.backbone.formats.qwen import silent_expert
 from moewright.backbone.formats.rows import Constant, Count, Fields, Flag, LastLayers, Number, Only, Row
+from moewright.backbone.formats.runtimes import NOT_READ
 from moewright.backbone.slots import Slot
 from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig
@@ -54,9 +55,7 @@ class SigmoidRouters(Twin):
 class SelectionBias(Row):
     """A bias for the choice: always on disk, and zeros where moewright.json says that there is none."""
 
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({"selection_bias"})
+    setting = "selection_bias"
 
     def read(self, fields: Fields, record: Fields) -> dict[str, Any]:
         return {"selection_bias": record.flag("selection_bias", default=True)}
@@ -69,18 +68,14 @@ class Groups(Row):
     default: tuple[int, int]
     """Groups, and how many of them a token may choose from, where config.json does not say."""
 
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({"num_groups", "top_groups", "group_score"})
+    settings = frozenset({"num_groups", "top_groups", "group_score"})
 
     def write(self, config: PreTrainedConfig, moe: MoEConfig) -> dict[str, Any]:
         return {"n_group": moe.num_groups, "topk_group": moe.top_groups}
 
     def read(self, fields: Fields, record: Fields) -> dict[str, Any]:
-        groups, top = (
-            fields.whole(name, default=default)
-            for name, default in zip(("n_group", "topk_group"), self.default, strict=True)
-        )
+        groups = fields.whole("n_group", default=self.default[0])
+        top = fields.whole("topk_group", default=self.default[1])
         return {} if top == groups else {"num_groups": groups, "top_groups": top, "group_score": "top2"}
 
     def refuses(self, moe: MoEConfig) -> str | None:
@@ -93,9 +88,7 @@ class Groups(Row):
 class SharedExperts(Row):
     """An expert that every token goes through, whose width is counted in experts."""
 
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({"shared_size", "shared_mode"})
+    settings = frozenset({"shared_size", "shared_mode"})
 
     def write(self, config: PreTrainedConfig, moe: MoEConfig) -> dict[str, Any]:
         return {"n_shared_experts": moe.shared_size // moe.expert_size or 1}
@@ -146,6 +139,13 @@ DEEPSEEK_V3: Final = SigmoidRouters(
     architecture="DeepseekV3ForCausalLM",
     backbones=("deepseek_v3",),
     parts=SIGMOID_PARTS,
-    rows=sigmoid_rows(groups=(8, 4), scale=2.5),
+    rows=(
+        *sigmoid_rows(groups=(8, 4), scale=2.5),
+        # transformers does not read these, but serving runtimes take others for a missing one.
+        Constant("scoring_func", "sigmoid", "transformers scores experts with a sigmoid whatever the config says"),
+        Constant("topk_method", "noaux_tc", "transformers chooses experts with a bias whatever the config says"),
+        Constant("moe_layer_freq", 1, "transformers makes every layer after the dense ones sparse"),
+    ),
     sparse=LastLayers("first_k_dense_replace", default=3),
+    runtimes=NOT_READ,
 )

@@ -8,9 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moewright.backbone.formats.base import Format
 from moewright.backbone.formats.rows import Layers
-from moewright.backbone.slots import Slot, state_tensors
 from moewright.family.config import backbone_config, dense_fields
-from moewright.family.table import family_of
 from moewright.moe.config import MoEConfig
 
 
@@ -30,10 +28,3 @@ class Dense(Format):
         self, fields: Mapping[str, Any], *, record: Mapping[str, Any], tied: bool
     ) -> tuple[PreTrainedConfig, dict[int, MoEConfig]]:
         return backbone_config(fields), {}
-
-    def slots(self, model: PreTrainedModel) -> list[Slot]:
-        family = family_of(model.config)
-        return [
-            Slot(name=family.on_disk(name), shape=tuple(tensor.shape), target=name)
-            for name, tensor in state_tensors(model)
-        ]

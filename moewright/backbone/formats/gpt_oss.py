@@ -4,6 +4,7 @@ from typing import Final
 
 from moewright.backbone.formats.base import Twin
 from moewright.backbone.formats.rows import ALWAYS_RENORMALISES, Constant, Count, EveryLayer, Only
+from moewright.backbone.formats.runtimes import NOT_READ
 from moewright.backbone.slots import Order
 
 GPT_OSS: Final = Twin(
@@ -35,4 +36,5 @@ GPT_OSS: Final = Twin(
     sparse=EveryLayer(),
     biased=True,
     activation="swiglu_oai",
+    runtimes=NOT_READ,
 )

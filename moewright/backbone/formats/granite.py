@@ -4,7 +4,7 @@ from typing import Final
 
 from moewright.backbone.formats.base import Twin
 from moewright.backbone.formats.rows import ALWAYS_RENORMALISES, NO_JITTER, Count, EveryLayer, Only
-from moewright.backbone.formats.runtimes import SGLANG, VLLM, always, never, whole_theta
+from moewright.backbone.formats.runtimes import LLAMA_CPP, NO_CONVERTER_READ, SGLANG, VLLM, always, never, whole_theta
 
 _PARTS: Final = {
     "router.weight": "{layer}.block_sparse_moe.router.layer.weight",
@@ -27,7 +27,7 @@ GRANITEMOE: Final = Twin(
     parts=_PARTS,
     rows=_ROWS,
     sparse=EveryLayer(),
-    runtimes={VLLM: always, SGLANG: whole_theta},
+    runtimes={VLLM: always, SGLANG: whole_theta, LLAMA_CPP: NO_CONVERTER_READ},
 )
 GRANITEMOESHARED: Final = Twin(
     name="granitemoeshared",
@@ -44,5 +44,5 @@ GRANITEMOESHARED: Final = Twin(
         *_ROWS,
     ),
     sparse=EveryLayer(),
-    runtimes={VLLM: always, SGLANG: never("it has no GraniteMoeShared")},
+    runtimes={VLLM: always, SGLANG: never("it has no GraniteMoeShared"), LLAMA_CPP: NO_CONVERTER_READ},
 )

@@ -9,16 +9,13 @@ from dataclasses import MISSING, fields
 from typing import Any, Final
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
-from moewright.backbone.blocks import moe_layers, moe_path
 from moewright.backbone.formats.base import Format
 from moewright.backbone.formats.rows import Layers
 from moewright.backbone.formats.runtimes import LLAMA_CPP, SGLANG, VLLM, never
-from moewright.backbone.slots import Slot, state_tensors, whole_slot
 from moewright.errors import ModelError, UsageError
 from moewright.family.config import backbone_config, dense_fields
-from moewright.family.row import Family, Place
 from moewright.family.table import FAMILIES, family_of
 from moewright.moe.config import MoEConfig
 
@@ -28,7 +25,7 @@ NOT_STORED: Final = ("kernel", "causal")
 
 class OwnType(Format):
     def refuses(self, config: PreTrainedConfig, layers: Layers) -> str | None:
-        return None if layers else "it has sparse layers, and this model has none"
+        return None
 
     def config_fields(self, config: PreTrainedConfig, layers: Layers, *, dtype: torch.dtype) -> dict[str, Any]:
         seq2seq = family_of(config).seq2seq
@@ -65,29 +62,6 @@ class OwnType(Format):
                 )
             layers |= dict.fromkeys(numbers, moe)
         return config, dict(sorted(layers.items()))
-
-    def slots(self, model: PreTrainedModel) -> list[Slot]:
-        family, sparse = family_of(model.config), moe_layers(model)
-        places = family.places(model.config)
-        paths = {f"{moe_path(places[layer])}.": layer for layer in sparse}
-        slots = []
-        for name, tensor in state_tensors(model):
-            path = next((path for path in paths if name.startswith(path)), None)
-            if path is None:
-                slots.append(Slot(name=family.on_disk(name), shape=tuple(tensor.shape), target=name))
-            else:
-                layer, inside = paths[path], name.removeprefix(path)
-                on_disk = _own_name(places[layer], inside)
-                slots.append(whole_slot(on_disk, inside, sparse[layer], place=places[layer], layer=layer))
-        return slots
-
-    def router_name(self, place: Place, family: Family) -> str:
-        return _own_name(place, "router.weight")
-
-
-def _own_name(place: Place, inside: str) -> str:
-    """The name of a tensor of a MoELayer; where a layer has no module for it, below `moe`."""
-    return f"{moe_path(place) if place.stack.block else f'{place.layer}.moe'}.{inside}"
 
 
 def _grouped(layers: Layers) -> list[dict[str, Any]]:

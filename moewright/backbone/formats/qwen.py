@@ -171,9 +171,7 @@ def silent_expert(path: str, *, hidden_size: int, size: int) -> list[Slot]:
 class SharedExpert(Count):
     """Qwen2-MoE's shared expert, of which moewright.json says whether it is silent or doubled."""
 
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({self.setting, "shared_mode"})
+    settings = frozenset({"shared_size", "shared_mode"})
 
     def write(self, config: PreTrainedConfig, moe: MoEConfig) -> dict[str, Any]:
         return dict.fromkeys(self.fields, moe.shared_size or SILENT_SIZE)

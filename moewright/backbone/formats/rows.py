@@ -54,10 +54,13 @@ class Fields:
 class Row:
     """One thing that a format says. Missing fields mean what the format's class in transformers takes for them."""
 
+    setting: str
+    """The field of a layer's config that most kinds of rows speak of."""
+
     @property
     def settings(self) -> frozenset[str]:
         """The fields of a layer's config that it has a place for."""
-        return frozenset()
+        return frozenset({self.setting} if hasattr(self, "setting") else ())
 
     def write(self, config: PreTrainedConfig, moe: MoEConfig) -> dict[str, Any]:
         """Fields of config.json, by the backbone's config and that of its sparse layers."""
@@ -83,10 +86,6 @@ class Count(Row):
     refusal: str = ""
     """Why there must be one: of layers where it is 0."""
 
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({self.setting})
-
     def write(self, config: PreTrainedConfig, moe: MoEConfig) -> dict[str, Any]:
         return dict.fromkeys(self.fields, getattr(moe, self.setting))
 
@@ -94,7 +93,7 @@ class Count(Row):
         return {self.setting: fields.whole(*self.fields, default=self.default)}
 
     def refuses(self, moe: MoEConfig) -> str | None:
-        return self.refusal if not getattr(moe, self.setting) else None
+        return None if getattr(moe, self.setting) else self.refusal or None
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,6 @@ class Number(Row):
     setting: str
     field: str
     default: float
-
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({self.setting})
 
     def write(self, config: PreTrainedConfig, moe: MoEConfig) -> dict[str, Any]:
         return {self.field: getattr(moe, self.setting)}
@@ -126,10 +121,6 @@ class Flag(Row):
     on: Any = True
     off: Any = False
 
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({self.setting})
-
     def write(self, config: PreTrainedConfig, moe: MoEConfig) -> dict[str, Any]:
         return {self.field: getattr(moe, self.setting) == self.on}
 
@@ -146,10 +137,6 @@ class Only(Row):
     refusal: str
     """Why a layer with another value has no place."""
 
-    @property
-    def settings(self) -> frozenset[str]:
-        return frozenset({self.setting})
-
     def read(self, fields: Fields, record: Fields) -> dict[str, Any]:
         return {self.setting: self.value}
 
@@ -164,7 +151,7 @@ class Constant(Row):
     field: str
     value: Any
     refusal: str = ""
-    """What to say of another value, with {value} in it, when it is read; without it any is ignored."""
+    """The objection to another value when it is read; without one any value is ignored."""
     written: bool = True
     """False for a field that is only refused: not every format with this row has it."""
 
@@ -172,12 +159,10 @@ class Constant(Row):
         return {self.field: self.value} if self.written else {}
 
     def read(self, fields: Fields, record: Fields) -> dict[str, Any]:
-        if not self.refusal:
-            return {}
         value = fields.values.get(self.field, self.value)
-        if type(self.value) is bool:
+        if self.refusal and type(self.value) is bool:
             value = fields.flag(self.field, default=self.value)
-        if value != self.value and not (value is None and self.value == 0):
+        if self.refusal and value != self.value and not (value is None and self.value == 0):
             raise ModelError(f"{self.field}={value!r}: {self.refusal.format(type=fields.model_type)}")
         return {}
 

@@ -24,7 +24,6 @@ class Verdict:
 
 
 YES: Final = Verdict("yes")
-NOT_READ: Final = Verdict("unknown", "its converter was not read")
 Judge = Callable[[PreTrainedConfig, MoEConfig], Verdict]
 """A runtime's verdict on a model, by the backbone's config and that of its sparse layers."""
 
@@ -43,6 +42,10 @@ def never(why: str) -> Judge:
 
 def unknown(why: str) -> Judge:
     return lambda config, moe: Verdict("unknown", why)
+
+
+NO_CONVERTER_READ: Final = unknown("its converter was not read")
+NOT_READ: Final = dict.fromkeys((VLLM, SGLANG, LLAMA_CPP), unknown("its source was not read"))
 
 
 def no_renormalising(config: PreTrainedConfig, moe: MoEConfig) -> Verdict:
