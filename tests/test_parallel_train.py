@@ -236,8 +236,8 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
     assert not Path(config.out).exists()
 
 
-@pytest.mark.parametrize("whom", ["launcher", "rank"])
-def test_sigterm_under_torchrun(tmp_path: Path, whom: str) -> None:
+@pytest.mark.parametrize("whom", ["launcher", "rank", "rank killed"])
+def test_signals_under_torchrun(tmp_path: Path, whom: str) -> None:
     config = make(tmp_path, steps=100_000, data={"eval_fraction": 0.0})
     (tmp_path / "run.toml").write_text(to_toml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -257,10 +257,13 @@ def test_sigterm_under_torchrun(tmp_path: Path, whom: str) -> None:
         process.terminate()
     else:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(children[1]), signal.SIGTERM)
+        os.kill(int(children[1]), signal.SIGKILL if whom == "rank killed" else signal.SIGTERM)
     assert process.wait(timeout=60) != 0
     assert time.monotonic() - began < 30
     shown = (tmp_path / "log").read_text()
+    if whom == "rank killed":
+        assert len(re.findall(r"moewright: error: rank 0 has lost another one \(.*goes on from the newest", shown)) == 1
+        return
     (step,) = re.findall(r"error: SIGTERM: stopped and saved after step (\d+) of 100000", shown)
     assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == [f"step-{int(step):08}"]
     if whom == "rank":  # the launcher says how the rank ended that it saw first

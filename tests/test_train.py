@@ -417,7 +417,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path, monkeypatch: pyte
         train(make_run(tmp_path, out=out, steps=1, data={"eval_fraction": 0.25}))
     sizes = [(len(started.rows.starts), len(started.held_out.starts)) for started in seen]
     assert sizes == [(45, 15)] * 2
-    assert seen[0].content == seen[1].content
+    assert seen[0].content() == seen[1].content()
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:

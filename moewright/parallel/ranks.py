@@ -1,12 +1,14 @@
 """The processes of a run: who they are, and the little that they say to one another outside of the model."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -16,6 +18,10 @@ from moewright.errors import MoewrightError, UsageError
 TIMEOUT: Final = timedelta(minutes=10)
 """How long a rank waits for another one before it gives up."""
 CPU: Final = torch.device("cpu")
+
+
+LOST: Final = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|timed? ?out")
+"""What an error of a collective says when another rank has gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +82,10 @@ class Ranks:
             shared.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         dist.broadcast(shared, src=0)
         return bytes(shared.tolist()).decode()
+
+    def seed(self, seed: int, *, step: int) -> int:
+        """The seed of this rank's random numbers in a step: the same after whatever steps the process has made."""
+        return int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)[0])
 
     def share(self, rows: int, *, size: int) -> slice:
         """The rows of a step that this rank has: as many micro-batches of `size` as the others, or one less.
@@ -142,6 +152,15 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         try:
             yield _ranks(device)
+        except RuntimeError as error:
+            if not LOST.search(str(error)):
+                raise
+            lost = MoewrightError(
+                f"rank {dist.get_rank()} has lost another one ({str(error).splitlines()[0]}): look for what that one "
+                "says; the same command goes on from the newest checkpoint"
+            )
+            lost.told = False  # each that is left says so
+            raise lost from error
         finally:
             dist.destroy_process_group()
 

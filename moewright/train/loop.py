@@ -1,5 +1,6 @@
 """The training loop."""
 
+import json
 import math
 import random
 import time
@@ -208,9 +209,18 @@ class _Run:
             router_ratio=self.settings.router_learning_rate_ratio,
         )
         self.routing = routing_step(self.model, self.ranks.group)
-        self.identity = resume.identity(config, content=started.content)
+        self.identity = self._identity()
         self.saved: int | None = None  # the step of the newest checkpoint
         self.position = self._newest_position()
+
+    def _identity(self) -> dict[str, Any]:
+        """By which the run is known again; the files behind it are read whole, by one rank for all."""
+        text = ""
+        with self.ranks.agreeing():
+            if self.ranks.is_first:
+                text = json.dumps(resume.identity(self.config, content=self.started.content()))
+        identity: dict[str, Any] = json.loads(self.ranks.text_from_first(text))
+        return identity
 
     def to_the_end(self, stop: StopRequest) -> None:
         """The steps that are left, then the model's folder."""
@@ -258,7 +268,7 @@ class _Run:
         rows = rows_at(position.step * count, count=count, total=len(self.started.rows), seed=self.settings.seed)
         mine = rows[self.ranks.share(count, size=self.settings.micro_batch_size)]
         if self.ranks.size > 1:
-            torch.manual_seed(seed_of(self.settings.seed, rank=self.ranks.rank, step=position.step + 1))
+            torch.manual_seed(self.ranks.seed(self.settings.seed, step=position.step + 1))
         record = train_step(
             self.model,
             self.started.rows.batch(mine) if len(mine) else self.started.objective.padding(),
@@ -374,11 +384,6 @@ def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def seed_of(seed: int, *, rank: int, step: int) -> int:
-    """The seed of a rank's random numbers in a step: the same whenever and after whatever the step is made."""
-    return int(np.random.SeedSequence((seed, rank, step)).generate_state(1, np.uint64)[0])
 
 
 def _require_finite(values: Mapping[str, float], step: int) -> None:

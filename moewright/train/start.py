@@ -55,8 +55,8 @@ class Start:
     """The text of evaluations, if there are any."""
     record: dict[str, Any]
     """Where a sparse model comes from, for the `moewright.json` of the trained one."""
-    content: dict[str, Any]
-    """sha256 of the model folder, both sets of rows, and the files that upcycling reads, by the setting of each."""
+    content: Callable[[], dict[str, Any]]
+    """Makes the sha256 of the model folder, both sets of rows, and the files that upcycling reads, by their settings."""
     sources: dict[str, str]
     """`text_digests` of the text."""
     parallel: Parallel
@@ -99,18 +99,22 @@ def start(
 
     fill(model, written_as, tensors, device=device, part_of=part_of, with_part=with_part)
     configure(model, **asdict(config.moe))
+
+    def content() -> dict[str, Any]:
+        return {
+            "model": source.fingerprint(),
+            "data.files": rows.fingerprint(),
+            "data.eval_files": held_out.fingerprint() if held_out else "",
+            **upcycle_digests(config.upcycle),
+        }
+
     return Start(
         model=model.train(),
         objective=CausalLanguageModel(dtype=config.train.dtype),
         rows=rows,
         held_out=held_out,
         record=record,
-        content={
-            "model": source.fingerprint(),
-            "data.files": rows.fingerprint(),
-            "data.eval_files": held_out.fingerprint() if held_out else "",
-            **upcycle_digests(config.upcycle),
-        },
+        content=content,
         sources=sources,
         parallel=parallel,
     )
