@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from moewright.optim.adamw import make_optimizer, update
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees
 from moewright.parallel.gradients import clip_gradients
-from moewright.parallel.mesh import make_meshes
+from moewright.parallel.mesh import Meshes, make_meshes
 from moewright.parallel.ranks import Ranks
 from moewright.train.start import recompute_blocks
 
@@ -43,7 +43,7 @@ RESULT = HERE / "results" / "parity.json"
 PAGE = HERE.parent / "docs" / "parallelism.md"
 CLASSES = ("router", "experts", "shared", "attention", "norms", "embeddings")
 D, E, V, S = 32, 8, 64, 12
-CLIP = 0.05
+CLIP, STEPS = 0.05, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,16 +182,27 @@ def class_of(name: str) -> str:
     return "norms" if "norm" in name else "embeddings"
 
 
-def errors(case: Case, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, float]:
-    """Largest relative error by class of parameters over two steps, of the norm and of the loss."""
-    ranks, me = degrees.ranks, dist.get_rank()
-    batches = [dealt(case, ranks, step=step) for step in range(2)]
+@cache
+def on_one_process(name: str, ranks: int, dtype: torch.dtype) -> list[Any]:
+    """The steps of a case, whose micro-batches so many ranks would share."""
+    batches = [dealt(CASES[name], ranks, step=step) for step in range(STEPS)]
     alone = [([part for mine in zip(*parts, strict=True) for part in mine], targets) for parts, targets in batches]
-    right = steps_of(sparse_model(case, dtype), alone, ALONE)
+    return list(steps_of(sparse_model(CASES[name], dtype), alone, ALONE))
 
+
+@cache
+def meshes(degrees: Degrees) -> Meshes:
+    return make_meshes(degrees, device_type="cpu")
+
+
+def errors(name: str, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, float]:
+    """Largest relative error of a case by class of parameters over its steps, of the norm and of the loss."""
+    case, ranks, me = CASES[name], degrees.ranks, dist.get_rank()
+    right = on_one_process(name, ranks, dtype)
     model = sparse_model(case, dtype)
-    apply(model, make_meshes(degrees, device_type="cpu"))
+    apply(model, meshes(degrees))
     parallel = Parallel(ranks=Ranks(rank=me, size=ranks), degrees=degrees)
+    batches = [dealt(case, ranks, step=step) for step in range(STEPS)]
     here = steps_of(model, [(parts[me], targets) for parts, targets in batches], parallel)
 
     found = dict.fromkeys((*CLASSES, "norm", "loss"), 0.0)
@@ -199,12 +210,12 @@ def errors(case: Case, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, flo
         assert gradients.keys() == gradients_1.keys()
         assert numbers_1[1] > CLIP, "the gradient is clipped"
         for ours, ones in ((gradients, gradients_1), (clipped, clipped_1)):
-            for name, one in ones.items():
-                error = float((ours[name] - one).abs().max() / one.abs().max().clamp(min=1e-30))
-                kind = class_of(name)
+            for parameter, one in ones.items():
+                error = float((ours[parameter] - one).abs().max() / one.abs().max().clamp(min=1e-30))
+                kind = class_of(parameter)
                 found[kind] = max(found[kind], error if error == error else float("inf"))
-        for name, ours_, one_ in zip(("loss", "norm"), numbers, numbers_1, strict=True):
-            found[name] = max(found[name], abs(ours_ - one_) / abs(one_))
+        for kind, ours_, one_ in zip(("loss", "norm"), numbers, numbers_1, strict=True):
+            found[kind] = max(found[kind], abs(ours_ - one_) / abs(one_))
     return found
 
 
@@ -222,7 +233,7 @@ def rows_on(ranks: int, dtype: torch.dtype) -> list[dict[str, Any]]:
         {
             "layout": describe(degrees),
             "dtype": str(dtype).removeprefix("torch."),
-            "cases": {name: errors(case, degrees, dtype=dtype) for name, case in CASES.items()},
+            "cases": {name: errors(name, degrees, dtype=dtype) for name in CASES},
         }
         for degrees in layouts(ranks)
     ]

@@ -19,7 +19,7 @@ def gradients_equal_one_process(rank: int, *, ranks: int, dtype: torch.dtype, ev
     """Each layout with one of the cases in turn, or with each (`every` = 1)."""
     pairs = [(degrees, name) for degrees in parity.layouts(ranks) for name in parity.CASES]
     for degrees, name in pairs[::every]:
-        errors = parity.errors(parity.CASES[name], degrees, dtype=dtype)
+        errors = parity.errors(name, degrees, dtype=dtype)
         assert max(errors.values()) <= TOLERANCE[dtype], f"{parity.describe(degrees)}, {name}: {errors}"
 
 

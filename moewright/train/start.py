@@ -56,7 +56,7 @@ class Start:
     record: dict[str, Any]
     """Where a sparse model comes from, for the `moewright.json` of the trained one."""
     content: Callable[[], dict[str, Any]]
-    """Makes the sha256 of the model folder, both sets of rows, and the files that upcycling reads, by their settings."""
+    """Makes the sha256 of model folder, both sets of rows, and the files that upcycling reads, by their settings."""
     sources: dict[str, str]
     """`text_digests` of the text."""
     parallel: Parallel
