@@ -7,9 +7,14 @@ import pytest
 import torch
 
 from experiments import parity
+from moewright.backbone.slots import Bring
 from moewright.errors import UsageError
+from moewright.parallel.apply import apply
 from moewright.parallel.config import Degrees, ParallelConfig, resolve
+from moewright.parallel.experts import local_part
 from moewright.parallel.mesh import table
+from moewright.parallel.parts import on_first_rank, part_of
+from moewright.parallel.ranks import Ranks
 from tests.ranks import on_ranks
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
@@ -31,6 +36,53 @@ def test_gradients_and_clipping_on_two_ranks(tmp_path: Path, dtype: torch.dtype)
 
 def test_gradients_and_clipping_on_four_ranks(tmp_path: Path) -> None:
     on_ranks(partial(gradients_equal_one_process, ranks=4, dtype=torch.float64, every=15), tmp_path, ranks=4)
+
+
+def fewer_experts_than_shards(rank: int) -> None:
+    # The experts' rows are sharded where these divide: here those of down, and not the 30 of gate and up.
+    parity.CASES["few"] = parity.Case(changes={"num_experts": 2, "top_k": 1, "expert_size": 15})
+    degrees = Degrees(ranks=4, zero=3)
+    errors = parity.errors("few", degrees, dtype=torch.float64)
+    assert max(errors.values()) <= TOLERANCE[torch.float64], errors
+
+    model = parity.sparse_model(parity.CASES["few"], torch.float32)
+    right = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    apply(model, parity.meshes(degrees))
+    parameters = dict(model.named_parameters())
+    down = "model.layers.1.mlp.experts.down_proj"
+    assert local_part(parameters[down]).shape == (2, 8, 15)
+    for name, parameter in parameters.items():
+        assert torch.equal(local_part(parameter), right[name][part_of(name, parameter)])
+
+    def work(bring: Bring) -> int:
+        for name, parameter in parameters.items():
+            assert torch.equal(bring(parameter, ()), right[name])
+        assert torch.equal(bring(parameters[down], (1, slice(3, 20))), right[down][1, 3:20])
+        assert torch.equal(bring(parameters[down], (slice(0, 1), slice(9, 9))), right[down][:1, 9:9])
+        return len(parameters)
+
+    done = on_first_rank(parameters.values(), work, ranks=Ranks(rank=rank, size=4))
+    assert done == (len(parameters) if rank == 0 else None)
+
+
+def test_any_part_of_a_model_comes_to_the_first_rank(tmp_path: Path) -> None:
+    on_ranks(fewer_experts_than_shards, tmp_path, ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "ranks", "expected"),
+    [
+        (4, 2, 1, [(0, 4)]),
+        (4, 2, 2, [(0, 2), (2, 4)]),
+        (6, 2, 2, [(0, 2), (2, 6)]),
+        (2, 2, 4, [(0, 0), (0, 1), (1, 1), (1, 2)]),
+        (3, 3, 2, [(0, 2), (2, 3)]),
+    ],
+)
+def test_rows_are_dealt_out_in_order(rows: int, size: int, ranks: int, expected: list[tuple[int, int]]) -> None:
+    shares = [range(rows)[Ranks(rank=rank, size=ranks).share(rows, size=size)] for rank in range(ranks)]
+    assert [(share.start, share.stop) for share in shares] == expected
+    assert sum(map(len, shares)) == rows
 
 
 @pytest.mark.slow

@@ -247,7 +247,7 @@ def test_signals_under_torchrun(tmp_path: Path, whom: str) -> None:
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
     lines = Path(config.out) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (lines.exists() and lines.read_text().count("\n") >= 2):
         assert process.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline

@@ -15,11 +15,9 @@ from torch import distributed as dist
 
 from moewright.errors import MoewrightError, UsageError
 
-TIMEOUT: Final = timedelta(minutes=10)
-"""How long a rank waits for another one before it gives up."""
+TIMEOUT: Final = timedelta(minutes=30)
+"""How long a rank waits for another one before it gives up; reading text and verifying a state take their time."""
 CPU: Final = torch.device("cpu")
-
-
 LOST: Final = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|timed? ?out")
 """What an error of a collective says when another rank has gone."""
 
@@ -63,10 +61,6 @@ class Ranks:
         values = values.to(self.device, copy=True)
         dist.all_reduce(values)
         return values
-
-    def any(self, value: bool) -> bool:
-        """Whether it is true on at least one rank."""
-        return any(row[0] for row in self.gathered([value]))
 
     def from_first(self, value: int) -> int:
         """The value that the first rank has."""
