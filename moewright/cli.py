@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MoewrightError as error:
-        return _fail(str(error), error.exit_code, debug=debug)
+        # Of several ranks one speaks; before they have met, the first of each machine, whose files it may be about.
+        silent = _number("LOCAL_RANK") > 0 if error.told is None else error.told
+        return error.exit_code if silent else _fail(str(error), error.exit_code, debug=debug)
     except Exception as error:  # the outermost frame: any other error ends as one line, too
         if lacking := _lacking(error):
             return _fail(f"out of {lacking}: {error}", ResourceError.exit_code, debug=debug)
@@ -65,8 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(message, INTERNAL_ERROR, debug=debug)
 
 
+def _number(name: str) -> int:
+    """A number that torchrun tells its ranks; 0 for a process that it has not started."""
+    return int(os.environ.get(name, "0"))
+
+
 def _show(facts: Facts | None, *, as_json: bool) -> None:
-    if facts is None:
+    if facts is None or _number("RANK") > 0:
         return
     if as_json:
         print(json.dumps(_json_ready(facts), allow_nan=False))
@@ -94,7 +101,7 @@ def _json_ready(value: Any) -> Any:
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _say("warning", str(message))
+        warnings.showwarning = lambda message, *_, **__: None if _number("RANK") else _say("warning", str(message))
         yield
 
 

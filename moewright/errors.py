@@ -17,6 +17,8 @@ class MoewrightError(Exception):
     """
 
     exit_code: ClassVar[int] = 70
+    told: bool | None = None
+    """Whether another process of the run tells the user of it; None: these processes have not spoken of it."""
 
 
 class UsageError(MoewrightError, ValueError):

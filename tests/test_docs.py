@@ -21,6 +21,7 @@ from moewright.moe import config as moe
 from moewright.moe.config import MoEConfig, MoESettings
 from moewright.moe.kernels import KERNELS
 from moewright.moe.layer import MoELayer
+from moewright.parallel import config as parallel
 from moewright.train import config as train
 from moewright.upcycle import config as upcycle
 
@@ -34,6 +35,7 @@ TABLES = [
     ("data.", data, "DataConfig"),
     ("moe.", moe, "MoESettings"),
     ("train.", train, "TrainConfig"),
+    ("parallel.", parallel, "ParallelConfig"),
 ]
 
 
@@ -120,6 +122,19 @@ def test_growing_page_shows_the_results():
     assert found["fpi", "interpolate"] < found["fpi", "stack"]
     assert found["aki", "interpolate"] > found["aki", "stack"]
     assert min(row["grown_perplexity"] for row in rows if row["settings"]["width"] == "aki") > result["vocabulary"]
+
+
+def test_parallelism_page_shows_the_results():
+    parity = experiment("parity")
+    page, result = parity.PAGE.read_text(encoding="utf-8"), json.loads(parity.RESULT.read_text(encoding="utf-8"))
+    assert renewed(page, parity.tables(result)) == page, "run python experiments/parity.py --tables"
+    for dtype, most in (("float64", 1e-7), ("float32", 1e-5)):
+        rows = [row for row in result["rows"] if row["dtype"] == dtype]
+        assert {row["layout"] for row in rows} == {
+            parity.describe(degrees) for ranks in (2, 4) for degrees in parity.layouts(ranks)
+        }
+        assert all(row["cases"].keys() == parity.CASES.keys() for row in rows)
+        assert max(error for row in rows for case in row["cases"].values() for error in case.values()) <= most
 
 
 def layer_blocks(language: str) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from moewright.checkpoint.state import SavedState
 from moewright.data.pack import Batch
 from moewright.errors import CheckpointError, DataError, ModelError, ResourceError, UsageError
 from moewright.train import folder as run_folder
@@ -313,13 +314,15 @@ def test_resuming_holds_no_tensor_twice(tmp_path: Path, monkeypatch: pytest.Monk
             train(config)
     places: dict[str, int] = {}
     weights: list[weakref.ref[torch.Tensor]] = []
-    original, filled = resume.load_state, resume.set_moments
+    read, filled = SavedState.read, resume.set_moments
 
-    def load_state(path: Path) -> Any:
-        tensors, facts = original(path)
-        places.update({name: tensor.data_ptr() for name, tensor in tensors.items()})
-        weights.extend(weakref.ref(tensor) for name, tensor in tensors.items() if name.startswith("model."))
-        return tensors, facts
+    def spy(self: SavedState, name: str, *args: Any) -> torch.Tensor:
+        assert sum(weight() is not None for weight in weights) == 0, "a second weight is held"
+        tensor = read(self, name, *args)
+        places[name] = tensor.data_ptr()
+        if name.startswith("model."):
+            weights.append(weakref.ref(tensor))
+        return tensor
 
     def set_moments(model: Any, optimizer: Any, tensors: Any) -> None:
         assert not any(weight() is not None for weight in weights), "a weight is held beside the model's"
@@ -328,7 +331,7 @@ def test_resuming_holds_no_tensor_twice(tmp_path: Path, monkeypatch: pytest.Monk
         moment = optimizer.state[model.lm_head.weight]["exp_avg"]
         assert moment.data_ptr() == places["optimizer.exp_avg.lm_head.weight"]
 
-    monkeypatch.setattr(resume, "load_state", load_state)
+    monkeypatch.setattr(SavedState, "read", spy)
     monkeypatch.setattr(resume, "set_moments", set_moments)
     train(config)
     assert len(weights) > 10

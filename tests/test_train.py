@@ -22,6 +22,7 @@ from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import CheckpointError, DataError, ModelError, Preempted, UsageError
 from moewright.moe.config import MoESettings
+from moewright.parallel.apply import ALONE, Parallel
 from moewright.train import loop
 from moewright.train.config import RunConfig
 from moewright.train.loop import train
@@ -163,11 +164,12 @@ def test_parallelism_gets_a_skeleton_before_any_weight_is_read(
     calls: list[str] = []
     read = ModelFolder.read
 
-    def prepare(model: PreTrainedModel) -> None:
+    def prepare(model: PreTrainedModel) -> Parallel:
         assert all(parameter.is_meta for parameter in model.parameters())
         assert len(moe_layers(model)) == (2 if upcycle else 0)
         model.lm_head.weight.requires_grad_(False)
         calls.append("prepare")
+        return ALONE
 
     def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
         calls.append("read")
@@ -415,7 +417,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path, monkeypatch: pyte
         train(make_run(tmp_path, out=out, steps=1, data={"eval_fraction": 0.25}))
     sizes = [(len(started.rows.starts), len(started.held_out.starts)) for started in seen]
     assert sizes == [(45, 15)] * 2
-    assert seen[0].content == seen[1].content
+    assert seen[0].content() == seen[1].content()
 
 
 def test_one_document_cannot_be_split(tmp_path: Path) -> None:

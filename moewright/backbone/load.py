@@ -111,12 +111,13 @@ def fill(
     *,
     device: torch.device | str = "cpu",
     part_of: PartOf | None = None,
+    with_part: Callable[[Tensor, Tensor], Tensor] = lambda meta, part: part,
 ) -> None:
     """Give a model on meta its memory, on `device` and a parameter at a time, and its values from a source.
 
     With `part_of` each tensor that a slot holds becomes the part of it that this process has, and only the slots, and
-    rows of slots, that fall into it are read. Tied parameters stay tied; statistics of layers, which no slot holds,
-    are zero.
+    rows of slots, that fall into it are read; `with_part(meta, part)` is the tensor that the model gets then. Tied
+    parameters stay tied; statistics of layers, which no slot holds, are zero.
     """
     slots: dict[str, list[tuple[Slot, Index]]] = {}
     for slot in format.slots(model):
@@ -134,7 +135,7 @@ def fill(
             if (meeting := _meeting(index, ranges, meta.shape)) is not None:
                 here, there = meeting
                 tensor[here].copy_(slot.read(source, there))
-        return tensor
+        return with_part(meta, tensor)
 
     parameters: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():

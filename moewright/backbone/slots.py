@@ -5,7 +5,7 @@ router, one projection of one expert, all of a stack), or something that only th
 written out although it is tied, biases and a shared expert that are zero).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import attrgetter
@@ -52,6 +52,13 @@ Index = tuple[int | slice, ...]
 """A part of a tensor, as one indexes it; dims that are not named are whole."""
 Slices = tuple[slice, ...]
 """The same, but that every dim stays."""
+Bring = Callable[[Tensor, Index], Tensor]
+"""The part `index` of a tensor of the model, brought here from wherever it is."""
+
+
+def here(tensor: Tensor, index: Index) -> Tensor:
+    """`Bring` of a process that holds the whole model."""
+    return tensor[index] if index else tensor
 
 
 class TensorSource(Protocol):
@@ -82,9 +89,9 @@ class Piece:
         inside = slice(at * rows, (at + 1) * rows)
         return (self.expert, inside) if self.expert >= 0 else (inside,)
 
-    def view(self, moe: MoELayer) -> Tensor:
-        """It, in the layer's own memory."""
-        return tensors_of(moe)[self.name(moe)][self.index(moe)]
+    def shape(self, moe: MoELayer) -> tuple[int, ...]:
+        """Its shape, whatever part of that tensor is here."""
+        return tuple(torch.empty(tensors_of(moe)[self.name(moe)].shape, device="meta")[self.index(moe)].shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +151,10 @@ class Slot:
         path, moe = _moe_at(model, piece)
         return f"{path}.{piece.name(moe)}", piece.index(moe)
 
-    def view(self, model: PreTrainedModel) -> Tensor:
+    def view(self, model: PreTrainedModel, bring: Bring = here) -> Tensor:
         """The part of the model that this tensor is; a `fill` is none."""
         name, index = self.place(model)
-        tensor: Tensor = attrgetter(name)(model)
-        return tensor[index] if index else tensor
+        return bring(attrgetter(name)(model), index)
 
     # -- a tensor's factor, order and constant, both ways: nobody else applies them --
 
@@ -173,9 +179,11 @@ class Slot:
         """Whether a tensor found on disk says what a model with this constant does not compute."""
         return self.fill is not None and self.must_match and not bool(tensor.eq(self.fill).all())
 
-    def stored(self, model: PreTrainedModel, dtype: torch.dtype) -> Tensor:
+    def stored(self, model: PreTrainedModel, dtype: torch.dtype, bring: Bring = here) -> Tensor:
         """The tensor on disk of this model."""
-        return self.constant(dtype) if self.fill is not None else self.to_disk(self.view(model).detach().to(dtype))
+        if self.fill is not None:
+            return self.constant(dtype)
+        return self.to_disk(self.view(model, bring).detach().to(dtype))
 
     def read(self, source: TensorSource, index: Slices | None = None) -> Tensor:
         """The part of the model, from a source; with `index`, all its dims named by slices, a part of that."""
@@ -205,7 +213,7 @@ def state_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 def whole_slot(name: str, inside: str, moe: MoELayer, *, place: Place, layer: int, order: Order | None = None) -> Slot:
     """The slot of a whole tensor of a MoELayer, which the layer calls `inside`."""
-    tensor = tensors_of(moe)[inside]
+    tensor = torch.empty(tensors_of(moe)[inside].shape, device="meta")  # whatever part of it is here
     experts = range(moe.config.num_experts) if inside.startswith("experts.") else (-1,)
     return Slot(
         name=name,

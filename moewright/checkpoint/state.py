@@ -8,6 +8,7 @@ reader opens. No part of it is a pickle.
 import re
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from moewright.checkpoint.check import difference
 from moewright.checkpoint.commit import NewFolder
 from moewright.checkpoint.disk import remove, require_space, writing
 from moewright.checkpoint.files import FileRecord, json_bytes, write_bytes
-from moewright.checkpoint.tensorfile import LazyTensor, read_header, read_tensor, write_tensor_file
+from moewright.checkpoint.tensorfile import LazyTensor, TensorInfo, read_header, read_tensor, write_tensor_file
 from moewright.checkpoint.untrusted import parse_records, read_json
 from moewright.errors import CheckpointError, ModelError
 
@@ -32,7 +33,7 @@ LEFTOVER = re.compile(r"step-\d{8,}\.tmp-[0-9a-f]{32}")
 
 
 def save_state(
-    root: Path, *, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int = 2
+    root: Path, *, step: int, tensors: Mapping[str, Tensor | LazyTensor], facts: Mapping[str, Any], keep: int = 2
 ) -> Path:
     """Write the state of ``step`` below ``root`` and return its folder, ``root/step-XXXXXXXX``.
 
@@ -48,7 +49,7 @@ def save_state(
     final = root / f"step-{step:08}"
     with writing(root, CheckpointError):
         root.mkdir(parents=True, exist_ok=True)
-        lazy = {name: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
+        lazy = {name: _lazy(tensor) for name, tensor in tensors.items()}
         require_space(root, sum(entry.nbytes for entry in lazy.values()))
         work, aside = (root / f"{final.name}.{kind}-{uuid.uuid4().hex}" for kind in ("tmp", "old"))
         with NewFolder(final, work, aside, MARKER, target=root, replace=True) as new:
@@ -57,6 +58,12 @@ def save_state(
             new.commit({"schema": SCHEMA, "step": step, "torch": torch.__version__})
         _retire(root, step, keep)
     return final
+
+
+def _lazy(tensor: Tensor | LazyTensor) -> LazyTensor:
+    if isinstance(tensor, LazyTensor):
+        return tensor
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 
 def _retire(root: Path, step: int, keep: int) -> None:
@@ -125,14 +132,39 @@ def _read_marker(path: Path) -> dict[str, FileRecord]:
     return records
 
 
-def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (on the CPU) and facts of a state that ``newest_state`` has returned.
+@dataclass(frozen=True)
+class SavedState:
+    """A state that is open: its facts, and its tensors, which are read one at a time, or a part of one."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    facts: dict[str, Any]
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> Tensor:
+        """A tensor, or the part ``index`` of it, on the CPU; CheckpointError if the folder has changed since."""
+        try:
+            return read_tensor(self.tensors[name], index)
+        except (ModelError, OSError) as error:
+            raise _unreadable(self.path, error) from error
+
+
+def open_state(path: Path) -> SavedState:
+    """Open a state that ``newest_state`` has returned.
 
     The hashes are not computed a second time; CheckpointError if the folder has changed since.
     """
     try:
         _read_marker(path)
-        tensors = {name: read_tensor(info) for name, info in read_header(path / TENSORS).items()}
-        return tensors, read_json(path / FACTS)
+        return SavedState(path, read_header(path / TENSORS), read_json(path / FACTS))
     except (CheckpointError, ModelError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
+        raise _unreadable(path, error) from error
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and facts of a state that ``newest_state`` has returned; as `open_state`."""
+    state = open_state(path)
+    return {name: state.read(name) for name in state.tensors}, state.facts
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be loaded ({error})")

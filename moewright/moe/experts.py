@@ -46,12 +46,16 @@ class Experts(nn.Module):
     `nn.Linear` would start it.
     """
 
+    held: Callable[[Tensor], Tensor]
+    """The part of a parameter that this process computes with: all of it, until experts are divided among processes."""
+
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         activation_named(config.activation, gated=config.gated)
         self.gated, self.activation, self.bias = config.gated, config.activation, config.expert_bias
+        self.held = _whole
         self.first_name = "gate_up_proj" if config.gated else "up_proj"
         E, D, F = config.num_experts, config.hidden_size, config.expert_size
         H = 2 * F if config.gated else F
@@ -66,7 +70,7 @@ class Experts(nn.Module):
         """The parameters, cast to `dtype` if one is given."""
 
         def parameter(name: str) -> Tensor:
-            value: Tensor = getattr(self, name)  # not get_parameter: adapters put a computed tensor in its place
+            value = self.held(getattr(self, name))  # not get_parameter: adapters put a computed tensor in its place
             return value if dtype is None else value.to(dtype)
 
         return ExpertWeights(
@@ -83,6 +87,10 @@ class Experts(nn.Module):
         # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
         dtype = autocast_dtype(x_TD)
         return kernel(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, self.weights(dtype))
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter
 
 
 class SharedExpert(nn.Module):

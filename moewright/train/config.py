@@ -12,6 +12,7 @@ from moewright.data.config import DataConfig
 from moewright.errors import UsageError
 from moewright.moe.config import MoESettings
 from moewright.optim.schedule import Schedule, learning_rate
+from moewright.parallel.config import ParallelConfig
 from moewright.upcycle.config import UpcycleConfig
 
 
@@ -150,6 +151,9 @@ class RunConfig:
 
     train: TrainConfig
     """The training."""
+
+    parallel: ParallelConfig | None = None
+    """How the model is divided where the run has several ranks; by default E+D."""
 
     def __post_init__(self) -> None:
         S, tokens = self.data.sequence_length, self.train.batch_tokens

@@ -48,16 +48,24 @@ def open_run(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def cache_in(folder: Path) -> Iterator[Path]:
-    """An empty folder for temporary files in a run's folder that `open_run` holds; it goes away at the end."""
+def cache_in(folder: Path) -> Iterator[None]:
+    """A place for temporary files in a run's folder that `open_run` holds; it goes away at the end."""
     cache = folder / CACHE
     with writing(folder, UsageError):
         remove(cache)  # of a run that was killed
         cache.mkdir()
     try:
-        yield cache
+        yield
     finally:
         shutil.rmtree(cache, ignore_errors=True)  # no reason to fail; the next start removes what is left
+
+
+def cache_of(folder: Path, rank: int) -> Path:
+    """An empty folder for one rank's temporary files, where `cache_in` holds the place for them."""
+    cache = folder / CACHE / f"rank-{rank}"
+    with writing(folder, UsageError):
+        cache.mkdir()
+    return cache
 
 
 def record_run(folder: Path, *, config: RunConfig, identity: Mapping[str, Any], sources: Mapping[str, str]) -> None:

@@ -1,12 +1,13 @@
 """The training loop."""
 
+import json
 import math
 import random
 import time
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import moe_layers, routing_step
+from moewright.backbone.device import device_of
 from moewright.backbone.save import save_model
+from moewright.backbone.slots import Bring
 from moewright.checkpoint.read import ModelFolder
 from moewright.checkpoint.state import newest_state
 from moewright.data.pack import rows_at
 from moewright.errors import CheckpointError, MoewrightError, Preempted
 from moewright.moe.step import RoutingStep
 from moewright.optim.adamw import make_optimizer, update
+from moewright.parallel.apply import ALONE, Parallel
+from moewright.parallel.experts import local_part
+from moewright.parallel.gradients import clip_gradients
+from moewright.parallel.parts import on_first_rank
+from moewright.parallel.ranks import Ranks, joined
 from moewright.report.progress import Progress
 from moewright.train import resume
 from moewright.train.config import RunConfig, TrainConfig
@@ -32,42 +40,22 @@ from moewright.train.folder import (
     FINAL,
     METRICS,
     cache_in,
+    cache_of,
     open_run,
     record_run,
     recorded_run,
 )
 from moewright.train.metrics import (
-    Board,
-    JsonLines,
+    Records,
     peak_memory,
     read_json_lines,
     require_tensorboard,
     routing_metrics,
-    throughput,
 )
 from moewright.train.objective import BatchT, Objective, Rows
+from moewright.train.result import TrainResult, recorded_result
 from moewright.train.resume import Position, StopRequest, stop_on_signals
-from moewright.train.start import Start, start, text_digests, upcycle_digests
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """A completed run, as its folder records it."""
-
-    steps: int
-    """Optimiser steps."""
-    tokens: int
-    """Real tokens read in them."""
-    losses: list[float]
-    """Mean loss of each step, in nats per predicted token."""
-    evaluations: list[dict[str, float]]
-    """`step` and `loss` (nats per token of held-out text) of each evaluation; empty without held-out text."""
-    tokens_per_second: float
-    """Real tokens per second of training, evaluations and checkpoints not counted."""
-    peak_memory_bytes: int
-    """The largest `peak_memory_bytes` of `metrics.jsonl`."""
-    final: Path
-    """The Hugging Face folder of the trained model."""
+from moewright.train.start import Start, divide, start, text_digests, upcycle_digests
 
 
 def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
@@ -77,28 +65,49 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
     `metrics.jsonl`, `evaluations.jsonl`, `checkpoints/`, and at the end `final/`. On CPU in float32, with the same
     number of threads, a run that was stopped and started again is equal to the last bit to one that was not.
 
+    With several ranks, those of torchrun or of a process group that is there, each of them calls this; all see the
+    same folder, in which the first one writes.
+
     Raises:
         UsageError, ModelError, DataError: settings, model or text are no good; nothing was written.
         ResourceError: the disk is full; no step that was made is lost if its state still fits.
         CheckpointError: the folder belongs to another run, or the loss is no longer finite.
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call goes on from it.
     """
-    folder, progress = Path(config.out), Progress(console)
-    with open_run(folder):
-        if (folder / FINAL).exists():
-            _require_same_completed(config, folder)
+    folder = Path(config.out)
+    with joined(device_of(config.train.device)) as ranks, ExitStack() as stack:
+        progress = Progress(console if ranks.is_first else None)
+        with ranks.agreeing():
+            if ranks.is_first:
+                stack.enter_context(open_run(folder))
+        if ranks.from_first((folder / FINAL).exists()):
+            with ranks.agreeing():
+                _require_same_completed(config, folder)
             progress.note(f"{folder} is finished ({config.train.steps} steps): nothing to do")
-            return _result(folder)
-        if config.train.tensorboard:
-            require_tensorboard()
+            return recorded_result(folder)
+        with ranks.agreeing():
+            if config.train.tensorboard:
+                require_tensorboard()
+            if ranks.is_first:
+                stack.enter_context(cache_in(folder))
         _seed_everything(config.train.seed)
-        with cache_in(folder) as cache:
-            started = start(config, cache_dir=cache)
-            run = _Run(config, started, progress)
-            record_run(folder, config=config, identity=run.identity, sources=started.sources)
-            with stop_on_signals() as stop, progress:
+        with ranks.agreeing():
+            started = start(
+                config,
+                cache_dir=cache_of(folder, ranks.rank),
+                prepare=partial(divide, config=config, ranks=ranks, note=progress.note),
+            )
+        run = _Run(config, started, progress)
+        with ranks.agreeing():
+            if ranks.is_first:
+                record_run(folder, config=config, identity=run.identity, sources=started.sources)
+        try:
+            with stop_on_signals(echoes=ranks.size > 1) as stop, progress:
                 run.to_the_end(stop)
-        return _result(folder)
+        except MoewrightError as error:
+            error.told = not ranks.is_first  # all ranks have come to the same end
+            raise
+        return recorded_result(folder)
 
 
 def train_step(
@@ -110,32 +119,47 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     step: int,
     settings: TrainConfig,
+    parallel: Parallel = ALONE,
 ) -> dict[str, Any]:
-    """One step of the optimiser on `batch`, in micro-batches; returns its line of `metrics.jsonl`.
+    """One step of the optimiser on `batch`, this rank's rows, in micro-batches; returns its line of `metrics.jsonl`.
 
-    The loss is the mean over all targets of the batch, however it is divided: each micro-batch adds its
+    The loss is the mean over all targets of the step, however it is divided: each micro-batch adds its
     sum, over the step's number of targets. The layers' own losses are means over real tokens, so they
     are scaled with the micro-batch's share of the real tokens that the layer's stack reads in the step.
 
     Raises CheckpointError when the loss or the gradient is not finite; the parameters are then unchanged.
     """
-    targets, tokens = objective.targets(batch), objective.tokens(batch)
+    micro_batches = list(objective.micro_batches(batch, settings.micro_batch_size))
+    targets, tokens, most = _step_totals(objective, batch, len(micro_batches), parallel.ranks)
+    micro_batches += [objective.padding() for _ in range(most - len(micro_batches))]
     loss = torch.zeros((), device=model.device)
-    for micro_batch in objective.micro_batches(batch, settings.micro_batch_size):
+    for number, micro_batch in enumerate(micro_batches, start=1):
         routing.begin_micro_batch({name: count / tokens[name] for name, count in objective.tokens(micro_batch).items()})
         micro_loss = objective.loss(model, micro_batch) / targets
+        parallel.begin_backward(model, last=number == most)
         micro_loss.backward()
         routing.after_backward()
         loss += micro_loss.detach()
 
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
-    record = {"loss": float(loss), "grad_norm": float(norm)}
+    total, norm = clip_gradients(model.parameters(), max_norm=settings.clip_norm, loss=loss, ranks=parallel.ranks)
+    record = {"loss": total, "grad_norm": norm}
     _require_finite(record, step)
 
     rate = settings.learning_rate_at(step)
     update(optimizer, learning_rate=rate)
     record |= {"lr": rate, "step_tokens": sum(tokens.values()), "step_targets": targets}
     return record | routing_metrics(moe_layers(model), routing.end_step())
+
+
+def _step_totals(
+    objective: Objective[BatchT], batch: BatchT, micro_batches: int, ranks: Ranks
+) -> tuple[int, dict[str, int], int]:
+    """Targets and real tokens of the step on all ranks, and the most micro-batches that one of them has."""
+    tokens = objective.tokens(batch)
+    targets, *counts, number = zip(
+        *ranks.gathered([objective.targets(batch), *tokens.values(), micro_batches]), strict=True
+    )
+    return sum(targets), dict(zip(tokens, map(sum, counts), strict=True)), max(number)
 
 
 @torch.no_grad()
@@ -147,24 +171,29 @@ def held_out_loss(
     max_rows: int,
     micro_batch_size: int,
     stop: StopRequest | None = None,
+    parallel: Parallel = ALONE,
 ) -> tuple[float, int] | None:
     """Mean loss over the targets of the first `max_rows` rows (0: all) in nats a target, and the number of targets.
 
-    None when `stop` is asked for before the end.
+    The ranks take turns with the micro-batches. None when `stop` is asked for before the end.
     """
     count = min(max_rows, len(rows)) if max_rows else len(rows)
-    total, targets = 0.0, 0
+    total, targets, ranks = 0.0, 0, parallel.ranks
     model.eval()
     try:
-        for first in range(0, count, micro_batch_size):
-            if stop is not None and stop.signal is not None:
+        for turn in range(0, count, micro_batch_size * ranks.size):
+            if stop is not None and stop.agreed(ranks):
                 return None
-            batch = rows.batch(range(first, min(first + micro_batch_size, count)))
+            first = turn + micro_batch_size * ranks.rank
+            mine = range(first, min(first + micro_batch_size, count))
+            batch = rows.batch(mine) if mine else objective.padding()
             total += float(objective.loss(model, batch))
             targets += objective.targets(batch)
     finally:
+        parallel.end_evaluation(model)
         model.train()
-    return total / targets, targets
+    total, all_targets = ranks.totals(torch.tensor([total, targets], dtype=torch.float64)).tolist()
+    return total / all_targets, int(all_targets)
 
 
 class _Run:
@@ -172,44 +201,49 @@ class _Run:
 
     def __init__(self, config: RunConfig, started: Start, progress: Progress) -> None:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
-        self.started, self.model = started, started.model
+        self.started, self.model, self.ranks = started, started.model, started.parallel.ranks
         self.optimizer = make_optimizer(
             self.model,
             weight_decay=self.settings.weight_decay,
             betas=(self.settings.beta1, self.settings.beta2),
             router_ratio=self.settings.router_learning_rate_ratio,
         )
-        self.routing = routing_step(self.model)
-        self.identity = resume.identity(config, content=started.content)
+        self.routing = routing_step(self.model, self.ranks.group)
+        self.identity = self._identity()
         self.saved: int | None = None  # the step of the newest checkpoint
         self.position = self._newest_position()
+
+    def _identity(self) -> dict[str, Any]:
+        """By which the run is known again; the files behind it are read whole, by one rank for all."""
+        text = ""
+        with self.ranks.agreeing():
+            if self.ranks.is_first:
+                text = json.dumps(resume.identity(self.config, content=self.started.content()))
+        identity: dict[str, Any] = json.loads(self.ranks.text_from_first(text))
+        return identity
 
     def to_the_end(self, stop: StopRequest) -> None:
         """The steps that are left, then the model's folder."""
         position, steps, every = self.position, self.settings.steps, self.settings.checkpoint_every
-        kept = -1 if self.saved is None else self.saved  # the last step whose lines stay
-        with ExitStack() as stack:
-            lines = stack.enter_context(JsonLines(self.folder / METRICS, after=kept))
-            evaluations = stack.enter_context(JsonLines(self.folder / EVALUATIONS, after=kept))
-            board = Board(self.folder / "tensorboard", after=kept) if self.settings.tensorboard else None
-            if board is not None:
-                stack.callback(board.close)
+        with Records(
+            self.folder,
+            after=-1 if self.saved is None else self.saved,  # the last step whose lines stay
+            tensorboard=self.settings.tensorboard,
+            progress=self.progress,
+            kept=self.ranks.is_first,
+        ) as records:
             self.progress.begin(step=position.step, steps=steps)
             while True:
-                self._evaluate_if_due(evaluations, board, stop)
-                if stop.signal is not None:
+                self._evaluate_if_due(records, stop)
+                if signal := stop.agreed(self.ranks):
                     self._save()
                     raise Preempted(
-                        f"{stop.signal.name}: stopped and saved after step {position.step} of {steps}; "
+                        f"{signal.name}: stopped and saved after step {position.step} of {steps}; "
                         "the same command goes on from there"
                     )
                 if position.step == steps:
                     break
-                record = self._step()
-                lines.write(record)
-                self.progress.stepped(record)
-                if board is not None:
-                    board.write(record, group="train")
+                records.stepped(self._step())
                 if every and (position.step % every == 0 or position.step == steps):
                     self._save()
         self._write_final()
@@ -218,8 +252,13 @@ class _Run:
         self._require_finite_model()
         training = {"steps": self.settings.steps, "tokens": self.position.tokens, "identity": self.identity}
         record = self.started.record | {"training": training}
+
+        def write(bring: Bring) -> None:
+            companions = Path(self.config.model)
+            save_model(self.model, self.folder / FINAL, companions=companions, record=record, bring=bring)
+
         try:
-            save_model(self.model, self.folder / FINAL, companions=Path(self.config.model), record=record)
+            on_first_rank(self.model.parameters(), write, ranks=self.ranks)
         except (MoewrightError, OSError):
             self._save()  # the steps are not to be made again
             raise
@@ -227,14 +266,18 @@ class _Run:
     def _step(self) -> dict[str, Any]:
         began, position, count = time.perf_counter(), self.position, self.config.batch_rows
         rows = rows_at(position.step * count, count=count, total=len(self.started.rows), seed=self.settings.seed)
+        mine = rows[self.ranks.share(count, size=self.settings.micro_batch_size)]
+        if self.ranks.size > 1:
+            torch.manual_seed(self.ranks.seed(self.settings.seed, step=position.step + 1))
         record = train_step(
             self.model,
-            self.started.rows.batch(rows),
+            self.started.rows.batch(mine) if len(mine) else self.started.objective.padding(),
             objective=self.started.objective,
             routing=self.routing,
             optimizer=self.optimizer,
             step=position.step + 1,
             settings=self.settings,
+            parallel=self.started.parallel,
         )
         position.step += 1
         position.tokens += record["step_tokens"]
@@ -248,11 +291,11 @@ class _Run:
             "peak_memory_bytes": peak_memory(self.model.device),
         }
 
-    def _evaluate_if_due(self, evaluations: JsonLines, board: Board | None, stop: StopRequest) -> None:
+    def _evaluate_if_due(self, records: Records, stop: StopRequest) -> None:
         step, every = self.position.step, self.settings.eval_every
         due = step in (0, self.settings.steps) or (every and step % every == 0)
         held_out = self.started.held_out
-        if held_out is None or not due or step in evaluations.steps:
+        if held_out is None or not due or self.ranks.from_first(records.has_evaluation(step)):
             return
         began = time.perf_counter()
         result = held_out_loss(
@@ -262,16 +305,13 @@ class _Run:
             max_rows=self.config.data.eval_rows,
             micro_batch_size=self.settings.micro_batch_size,
             stop=stop,
+            parallel=self.started.parallel,
         )
         if result is None:
             return
         loss, tokens = result
         _require_finite({"held-out loss": loss}, step)
-        record = {"step": step, "loss": loss, "tokens": tokens, "seconds": time.perf_counter() - began}
-        evaluations.write(record)
-        self.progress.evaluated(record)
-        if board is not None:
-            board.write(record, group="evaluation")
+        records.evaluated({"step": step, "loss": loss, "tokens": tokens, "seconds": time.perf_counter() - began})
 
     def _save(self) -> None:
         if self.saved == self.position.step:
@@ -284,25 +324,37 @@ class _Run:
             position=self.position,
             identity=self.identity,
             keep=self.settings.keep_checkpoints,
+            ranks=self.ranks,
         )
         self.saved = self.position.step
 
     def _require_finite_model(self) -> None:
         """A step with a finite gradient can still overflow a parameter; such a model is not saved."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise _diverged(self.position.step, f"{name} is no longer finite")
+        named = list(self.model.named_parameters())
+        finite = (bool(local_part(parameter).isfinite().all()) for _, parameter in named)
+        first = next((number for number, is_finite in enumerate(finite) if not is_finite), len(named))
+        if (worst := min(row[0] for row in self.ranks.gathered([first]))) < len(named):
+            raise _diverged(self.position.step, f"{named[worst][0]} is no longer finite")
 
     def _newest_position(self) -> Position:
-        path, reasons = newest_state(self.folder / CHECKPOINTS)
-        for reason in reasons:
-            self.progress.note(f"checkpoint not used: {reason}")
-        if path is None:
-            self._require_same_history()
+        ranks, newest = self.ranks, ""
+        with ranks.agreeing():
+            if ranks.is_first:  # one rank verifies the files, and all go by what it says
+                path, reasons = newest_state(self.folder / CHECKPOINTS)
+                for reason in reasons:
+                    self.progress.note(f"checkpoint not used: {reason}")
+                if path is None:
+                    self._require_same_history()
+                else:
+                    newest = path.name
+        newest = ranks.text_from_first(newest)
+        if not newest:
             return Position()
-        position = resume.restore(
-            path, model=self.model, optimizer=self.optimizer, identity=self.identity, note=self.progress.note
-        )
+        path = self.folder / CHECKPOINTS / newest
+        with ranks.agreeing():
+            position = resume.restore(
+                path, model=self.model, optimizer=self.optimizer, identity=self.identity, note=self.progress.note
+            )
         self.saved = position.step
         self.progress.note(f"resuming after step {position.step} of {self.settings.steps}, from {path}")
         return position
@@ -344,19 +396,4 @@ def _diverged(step: int, problem: str) -> CheckpointError:
     return CheckpointError(
         f"step {step}: {problem}; the run stops, and nothing was saved since. Begin a new one with a lower "
         "train.learning_rate, more train.warmup_steps, or train.dtype = float32"
-    )
-
-
-def _result(folder: Path) -> TrainResult:
-    records, evaluations = (read_json_lines(folder / name) for name in (METRICS, EVALUATIONS))
-    if not records:
-        raise CheckpointError(f"{folder / METRICS} has no step of the finished run: restore it, or name a new `out`")
-    return TrainResult(
-        steps=records[-1]["step"],
-        tokens=records[-1]["tokens"],
-        losses=[record["loss"] for record in records],
-        evaluations=[{"step": record["step"], "loss": record["loss"]} for record in evaluations],
-        tokens_per_second=throughput(records),
-        peak_memory_bytes=max(record["peak_memory_bytes"] for record in records),
-        final=folder / FINAL,
     )

@@ -6,8 +6,8 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,9 @@ from moewright.checkpoint.files import replace_text
 from moewright.errors import UsageError
 from moewright.moe.layer import MoELayer
 from moewright.moe.step import LayerRouting
+from moewright.parallel.parts import whole
+from moewright.report.progress import Progress
+from moewright.train.folder import EVALUATIONS, METRICS
 
 
 class JsonLines:
@@ -41,10 +44,52 @@ class JsonLines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+class Records:
+    """The records of a run below `folder`: lines, TensorBoard if asked for, and progress; kept by the first rank alone.
+
+    Those of steps after `after` are dropped on opening. A context manager.
+    """
+
+    def __init__(self, folder: Path, *, after: int, tensorboard: bool, progress: Progress, kept: bool = True) -> None:
+        self.folder, self.after, self.tensorboard, self.progress, self.kept = folder, after, tensorboard, progress, kept
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            if self.kept:
+                self._steps = opened.enter_context(JsonLines(self.folder / METRICS, after=self.after))
+                self._evaluations = opened.enter_context(JsonLines(self.folder / EVALUATIONS, after=self.after))
+                self._board = Board(self.folder / "tensorboard", after=self.after) if self.tensorboard else None
+                if self._board is not None:
+                    opened.callback(self._board.close)
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def stepped(self, record: Mapping[str, Any]) -> None:
+        """A step was made."""
+        if self.kept:
+            self._steps.write(record)
+            self.progress.stepped(record)
+            if self._board is not None:
+                self._board.write(record, group="train")
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """The loss on held-out text was measured."""
+        if self.kept:
+            self._evaluations.write(record)
+            self.progress.evaluated(record)
+            if self._board is not None:
+                self._board.write(record, group="evaluation")
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether there is one of this step already."""
+        return self.kept and step in self._evaluations.steps
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +133,7 @@ def routing_metrics(layers: Mapping[int, MoELayer], step: Sequence[LayerRouting]
         "load_imbalance": [float(c.max() / c.mean()) for c in counts],
         "dead_experts": [int((c == 0).sum()) for c in counts],
         "dropped_share": [int(layer.dropped) / float(c.sum()) for layer, c in zip(step, counts, strict=True)],
-        "router_norm": [float(layer.router.norms().mean()) for layer in layers.values()],
+        "router_norm": [float(whole(layer.router.norms()).mean()) for layer in layers.values()],
     }
     return {
         "balance_loss": balance.mean().item(),

@@ -36,6 +36,9 @@ class Objective(Protocol[BatchT]):
     def micro_batches(self, batch: BatchT, size: int) -> Iterator[BatchT]:
         """The batch in parts of at most `size` rows, in order, without a copy."""
 
+    def padding(self) -> BatchT:
+        """The smallest batch, with nothing real in it: for ranks that have no rows while others have."""
+
     def targets(self, batch: BatchT) -> int:
         """The number of tokens to be predicted, by which the summed loss is divided."""
 
@@ -55,6 +58,10 @@ class CausalLanguageModel:
 
     def micro_batches(self, batch: Batch, size: int) -> Iterator[Batch]:
         return (batch.rows(first, first + size) for first in range(0, len(batch), size))
+
+    def padding(self) -> Batch:
+        zero = torch.zeros(1, 1, dtype=torch.int64)
+        return Batch(input_ids=zero, position_ids=zero, targets=zero + IGNORE, token_mask=zero.bool())
 
     def targets(self, batch: Batch) -> int:
         return int((batch.targets != IGNORE).sum())

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -14,9 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moewright.checkpoint.state import load_state, save_state
+from moewright.backbone.slots import Bring
+from moewright.checkpoint.state import SavedState, open_state, save_state
+from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.errors import CheckpointError
-from moewright.optim.adamw import moments, set_moments
+from moewright.optim.adamw import MOMENTS, moments, set_moments
+from moewright.parallel.experts import local_part
+from moewright.parallel.parts import on_first_rank, part_of, with_part
+from moewright.parallel.ranks import Ranks
 from moewright.train.config import RunConfig
 from moewright.train.tree import defaults, flatten
 
@@ -29,6 +35,7 @@ FREE: Final = frozenset(
         "train.keep_checkpoints",
         "train.tensorboard",
         "data.eval_rows",
+        *("parallel", "parallel.layout", "parallel.ep", "parallel.dp_replicate", "parallel.zero"),
     }
 )
 """The settings that may change between two starts of a run: the training itself does not depend on them."""
@@ -79,12 +86,13 @@ def save(
     position: Position,
     identity: Mapping[str, Any],
     keep: int,
-) -> Path:
-    """Save everything the next step depends on below `root`, and return the checkpoint's folder.
+    ranks: Ranks,
+) -> None:
+    """Save everything the next step depends on below `root`: the first rank does, and the others send their parts.
 
-    Raises ResourceError when the disk is full.
+    The state is the one that a process alone saves. Raises ResourceError when the disk is full.
     """
-    tensors = {f"model.{name}": tensor.detach() for name, tensor in model_tensors(model).items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -96,7 +104,19 @@ def save(
         "threads": torch.get_num_threads(),
         "random": {"python": random.getstate(), "numpy": _plain(np.random.get_state(legacy=False))},
     }
-    return save_state(root, step=position.step, tensors=tensors, facts=facts, keep=keep)
+
+    def write(bring: Bring) -> None:
+        lazy = {
+            name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_brought, bring, tensor))
+            for name, tensor in tensors.items()
+        }
+        save_state(root, step=position.step, tensors=lazy, facts=facts, keep=keep)
+
+    on_first_rank(tensors.values(), write, ranks=ranks)
+
+
+def _brought(bring: Bring, tensor: Tensor) -> Tensor:
+    return bring(tensor, ()).detach()
 
 
 def restore(
@@ -109,44 +129,57 @@ def restore(
 ) -> Position:
     """Load the checkpoint at `path` into `model`, `optimizer` and the random number generators.
 
+    Of a tensor that is divided among ranks, this rank's part alone is read, however many ranks saved it.
     `note` is called with a reason why the run may go on with other rounding than it would have had.
 
     Raises CheckpointError: it belongs to a run with other settings, model or data.
     """
-    tensors, facts = load_state(path)
+    state = open_state(path)
+    facts = state.facts
     require_same_run(facts["identity"], identity, where=path)
     now = torch.get_num_threads()
     if (then := facts.get("threads", now)) != now:
         note(f"torch has {now} threads and had {then} when {path} was saved: sums will be rounded otherwise")
-    _fill(model, tensors, path)
-    prefix = "optimizer."
-    set_moments(
-        model,
-        optimizer,
-        {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)},
-    )
-    torch.set_rng_state(tensors["random.torch"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    _fill(model, state)
+    set_moments(model, optimizer, _moments(model, state))
+    torch.set_rng_state(state.read("random.torch"))
+    if "random.cuda" in state.tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state.read("random.cuda"))
     version, internal, gauss = facts["random"]["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(facts["random"]["numpy"])
     return Position(step=facts["step"], tokens=facts["tokens"])
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Move the tensors `model.*` of the checkpoint at `path` into the model; each is dropped once it is copied."""
+@torch.no_grad()
+def _fill(model: nn.Module, state: SavedState) -> None:
+    """Copy the tensors `model.*` of a state into the model, one at a time."""
     targets = model_tensors(model)
-    saved = {name.removeprefix("model."): name for name in tensors if name.startswith("model.")}
+    saved = {name.removeprefix("model."): name for name in state.tensors if name.startswith("model.")}
     if different := sorted(targets.keys() ^ saved.keys()):
-        raise CheckpointError(f"{path} holds another model: it differs in {len(different)} tensors, as {different[0]}")
-    with torch.no_grad():
-        for name, target in targets.items():
-            tensor = tensors.pop(saved[name])
-            if tensor.shape != target.shape:
-                saved_shape, shape = tuple(tensor.shape), tuple(target.shape)
-                raise CheckpointError(f"{path} holds another model: {name} is {saved_shape}, the model's is {shape}")
-            target.copy_(tensor)
+        raise CheckpointError(
+            f"{state.path} holds another model: it differs in {len(different)} tensors, as {different[0]}"
+        )
+    for name, target in targets.items():
+        if (shape := state.tensors[saved[name]].shape) != target.shape:
+            raise CheckpointError(
+                f"{state.path} holds another model: {name} is {shape}, the model's is {tuple(target.shape)}"
+            )
+        local_part(target).copy_(state.read(saved[name], part_of(name, target)))
+
+
+def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
+    """The optimiser's tensors of a state, each divided as its parameter is; numbers stay whole."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key in (f"{moment}.{name}" for moment in MOMENTS if f"optimizer.{moment}.{name}" in state.tensors):
+            saved = f"optimizer.{key}"
+            if state.tensors[saved].shape != parameter.shape:
+                tensors[key] = state.read(saved)
+            else:
+                part = state.read(saved, part_of(name, parameter))
+                tensors[key] = with_part(parameter, part.to(parameter.device))
+    return tensors
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -171,13 +204,19 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
+    def agreed(self, ranks: Ranks) -> signal.Signals | None:
+        """The signal that any of the ranks has had."""
+        (number,) = max(ranks.gathered([self.signal or 0]))
+        return signal.Signals(number) if number else None
+
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(*, echoes: bool = False) -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a request that the loop answers after the step at hand.
 
-    A second signal acts as it would without us. Outside the main thread, where Python allows no
-    handlers, signals stay as they are.
+    A second signal acts as it would without us. With `echoes` it does nothing, and after a request neither does any
+    until the process ends: a launcher forwards signals to its ranks, which may have had them before, and sends SIGTERM
+    to all as soon as one has ended. Outside the main thread, where Python allows no handlers, signals stay as they are.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -187,7 +226,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number)
-        give_back()
+        if not echoes:
+            give_back()
 
     def give_back() -> None:
         for number, handler in before.items():
@@ -198,4 +238,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        give_back()
+        if not (echoes and request.signal):
+            give_back()

@@ -30,6 +30,11 @@ from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError, settings_written
 from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
+from moewright.parallel.apply import ALONE, Parallel, apply
+from moewright.parallel.config import ParallelConfig, resolve
+from moewright.parallel.mesh import make_meshes, table
+from moewright.parallel.parts import part_of, with_part
+from moewright.parallel.ranks import Ranks
 from moewright.train.config import RunConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
 from moewright.upcycle.apply import file_digests, upcycling_of
@@ -50,19 +55,25 @@ class Start:
     """The text of evaluations, if there are any."""
     record: dict[str, Any]
     """Where a sparse model comes from, for the `moewright.json` of the trained one."""
-    content: dict[str, Any]
-    """sha256 of the model folder, both sets of rows, and the files that upcycling reads, by the setting of each."""
+    content: Callable[[], dict[str, Any]]
+    """Makes the sha256 of model folder, both sets of rows, and the files that upcycling reads, by their settings."""
     sources: dict[str, str]
     """`text_digests` of the text."""
+    parallel: Parallel
+    """The ranks among which the model is divided."""
 
 
 def start(
-    config: RunConfig, *, cache_dir: Path, prepare: Callable[[PreTrainedModel], None] = lambda model: None
+    config: RunConfig,
+    *,
+    cache_dir: Path,
+    prepare: Callable[[PreTrainedModel], Parallel] = lambda model: ALONE,
 ) -> Start:
     """Build the model's skeleton, read and pack the text (with temporary files in `cache_dir`), fill the skeleton.
 
-    `prepare` is given the skeleton, whose parameters are on the meta device: here parallelism is applied. By default
-    every parameter stays whole, in this process.
+    `prepare` is given the skeleton, whose parameters are on the meta device: here parallelism is applied, and of what
+    is divided among ranks, this rank's part alone is read or made. By default every parameter stays whole, in this
+    process.
 
     Raises UsageError, ModelError and DataError for all that can be wrong with model or text, ResourceError for a disk
     without room for the result; then no weights were read, unless upcycling measures on them.
@@ -81,27 +92,47 @@ def start(
     require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in written_as.slots(model)))
     if config.train.gradient_checkpointing:
         recompute_blocks(model)
-    prepare(model)
+    parallel = prepare(model)
 
     tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
     rows, held_out = _read_rows(config.data, tokenizer, seed=config.train.seed, cache_dir=cache_dir)
 
-    fill(model, written_as, tensors, device=device)
+    fill(model, written_as, tensors, device=device, part_of=part_of, with_part=with_part)
     configure(model, **asdict(config.moe))
+
+    def content() -> dict[str, Any]:
+        return {
+            "model": source.fingerprint(),
+            "data.files": rows.fingerprint(),
+            "data.eval_files": held_out.fingerprint() if held_out else "",
+            **upcycle_digests(config.upcycle),
+        }
+
     return Start(
         model=model.train(),
         objective=CausalLanguageModel(dtype=config.train.dtype),
         rows=rows,
         held_out=held_out,
         record=record,
-        content={
-            "model": source.fingerprint(),
-            "data.files": rows.fingerprint(),
-            "data.eval_files": held_out.fingerprint() if held_out else "",
-            **upcycle_digests(config.upcycle),
-        },
+        content=content,
         sources=sources,
+        parallel=parallel,
     )
+
+
+def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Callable[[str], None]) -> Parallel:
+    """Put a skeleton on the ranks as the run's `[parallel]` table says, and note how.
+
+    Raises UsageError for degrees that do not fit the ranks or the experts.
+    """
+    experts = [layer.config.num_experts for layer in moe_layers(model).values()]
+    with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
+        degrees = resolve(config.parallel, ranks=ranks.size, experts=experts)
+    if ranks.size > 1:
+        ranks.meet()  # no rank makes a mesh while another one has failed before
+        note(table(degrees, experts=max(experts, default=0)))
+        apply(model, make_meshes(degrees, device_type=ranks.device.type))
+    return Parallel(ranks=ranks, degrees=degrees)
 
 
 def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, TensorSource, dict[str, Any]]:

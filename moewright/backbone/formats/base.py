@@ -297,7 +297,7 @@ class Twin(Format):
                 if part in held and (of_expert or expert == 0):
                     piece = Piece(part=part, layer=layer, expert=expert if of_expert else -1)
                     name = template.format(layer=path, expert=expert)
-                    slots.append(Slot(name=name, shape=tuple(piece.view(moe).shape), pieces=(piece,)))
+                    slots.append(Slot(name=name, shape=piece.shape(moe), pieces=(piece,)))
         return slots
 
     def on_disk(self, name: str, family: Family) -> str:

@@ -1,0 +1,279 @@
+"""Are the gradients of every layout those of one process?
+
+    python experiments/parity.py             # measure (some minutes on two cores), renew docs/parallelism.md
+    python experiments/parity.py --tables    # renew the table only
+
+A small Llama of two blocks with mixtures of 8 experts, on 2 and on 4 processes over gloo. Each layout and each case
+gets the same micro-batches as one process, dealt out unevenly; the largest difference of a gradient, over the largest
+element of the right one, is taken over the parameters of a class.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's folder stands there
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from experiments.page import arguments, circumstances, renew, save
+from moewright.backbone.blocks import moe_layers, routing_step
+from moewright.backbone.graft import graft
+from moewright.moe.config import MoEConfig
+from moewright.optim.adamw import make_optimizer, update
+from moewright.parallel.apply import ALONE, Parallel, apply
+from moewright.parallel.config import Degrees
+from moewright.parallel.gradients import clip_gradients
+from moewright.parallel.mesh import Meshes, make_meshes
+from moewright.parallel.ranks import Ranks
+from moewright.train.start import recompute_blocks
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "parity.json"
+PAGE = HERE.parent / "docs" / "parallelism.md"
+CLASSES = ("router", "experts", "shared", "attention", "norms", "embeddings")
+D, E, V, S = 32, 8, 64, 12
+CLIP, STEPS = 0.05, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and the micro-batches of a step."""
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the layers' config."""
+    micro_batches: tuple[int, ...] = (2, 1)
+    """How many each rank has; ranks beyond these have one."""
+    checkpointing: bool = False
+    starved: bool = False
+    """Whether two experts get no token anywhere, and one rank's experts none of the first layer."""
+    tied: bool = False
+
+
+CASES = {
+    "softmax before top-k": Case(changes={"router_order": "softmax-topk"}),
+    "softmax after top-k, 3 micro-batches": Case(micro_batches=(3, 2)),
+    "shared expert, both losses": Case(changes={"shared_size": 8, "balance_loss": 0.05, "z_loss": 0.01}),
+    "capacity, drop by probability": Case(
+        changes={"capacity_factor": 0.7, "min_capacity": 1, "drop_policy": "probability", "balance_loss": 0.05}
+    ),
+    "experts and a rank without tokens": Case(starved=True, micro_batches=(1, 0)),
+    "recomputed blocks, tied embeddings": Case(checkpointing=True, tied=True, changes={"shared_size": 8}),
+    "expert biases": Case(changes={"expert_bias": True}),
+}
+
+
+def layouts(ranks: int) -> Iterator[Degrees]:
+    """Every layout on so many ranks, with every `ep`, ZeRO stage and number of copies."""
+    divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
+    for zero in range(4):
+        for copies in [n for n in divisors if n < ranks] if zero else [ranks]:
+            for ep in divisors:
+                if not zero or ranks // copies % ep == 0:
+                    yield Degrees(ranks=ranks, ep=ep, dp_replicate=copies, zero=zero)
+
+
+def describe(degrees: Degrees) -> str:
+    copies = f", {degrees.dp_replicate} copies" if degrees.zero and degrees.dp_replicate > 1 else ""
+    return f"{degrees.layout}: {degrees.ranks} ranks, ep {degrees.ep}, zero {degrees.zero}{copies}"
+
+
+def sparse_model(case: Case, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", hidden_size=D, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=V, tie_word_embeddings=case.tied,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    settings = {"hidden_size": D, "expert_size": 16, "num_experts": E, "top_k": 2}
+    settings["kernel"] = "loop" if dtype == torch.float64 else "auto"  # the device's fastest has no float64
+    moe = MoEConfig(**settings | {"router_bias": case.starved} | dict(case.changes))
+    graft(model, dict.fromkeys((0, 1), moe))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+        if case.starved:
+            first, second = (layer.router.linear_bias for layer in moe_layers(model).values())
+            first[E // 2 :] = -1e4
+            second[:2] = -1e4
+    if case.checkpointing:
+        recompute_blocks(model)
+    return model.to(dtype).train()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One micro-batch."""
+
+    ids: Tensor
+    mask: Tensor
+    share: float
+    """Of the step's real tokens."""
+
+
+def dealt(case: Case, ranks: int, *, step: int) -> tuple[list[list[Part]], int]:
+    """The micro-batches of each rank, equally many, and the number of targets of all."""
+    generator = torch.Generator().manual_seed(step)
+    counts = [*case.micro_batches, *[1] * ranks][:ranks]
+    drawn = []
+    for count in counts:
+        mine = []
+        for number in range(count):
+            mask = torch.ones(2, S, dtype=torch.bool)
+            mask[1, S - 2 - 3 * number :] = False
+            mine.append((torch.randint(0, V, (2, S), generator=generator), mask))
+        drawn.append(mine)
+    empty = (torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
+    drawn = [mine + [empty] * (max(counts) - len(mine)) for mine in drawn]
+    tokens = sum(int(mask.sum()) for mine in drawn for _, mask in mine)
+    targets = sum(int(mask[:, 1:].sum()) for mine in drawn for _, mask in mine)
+    return [[Part(ids=i, mask=m, share=int(m.sum()) / tokens) for i, m in mine] for mine in drawn], targets
+
+
+def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: Parallel) -> Tensor:
+    """Leave the gradient of these micro-batches, and return their part of the loss."""
+    routing, total = routing_step(model, parallel.ranks.group), torch.zeros(())
+    for number, part in enumerate(parts, start=1):
+        routing.begin_micro_batch({"decoder": part.share})
+        logits = model(input_ids=part.ids, token_mask=part.mask, use_cache=False).logits
+        wanted = torch.where(part.mask, part.ids, -100)[:, 1:]
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="sum") / targets
+        parallel.begin_backward(model, last=number == len(parts))
+        loss.backward()
+        routing.after_backward()
+        total = total + loss.detach()
+    routing.end_step()
+    return total
+
+
+def steps_of(model: PreTrainedModel, batches: list[tuple[list[Part], int]], parallel: Parallel) -> Iterator[Any]:
+    """Of each step the gradients, whole, and those after clipping, with loss and norm before it."""
+    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95))
+    for parts, targets in batches:
+        loss = backward(model, parts, targets, parallel)
+        gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        numbers = clip_gradients(model.parameters(), max_norm=CLIP, loss=loss, ranks=parallel.ranks)
+        clipped = {name: whole(p.grad) for name, p in model.named_parameters()}
+        update(optimizer, learning_rate=1e-3)
+        yield gradients, clipped, numbers
+
+
+def whole(gradient: Tensor | None) -> Tensor:
+    assert gradient is not None, "a parameter has no gradient"
+    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+
+
+def class_of(name: str) -> str:
+    for part, kind in (("router", "router"), ("experts", "experts"), ("shared", "shared"), ("attn", "attention")):
+        if f".{part}" in name or f"_{part}" in name:
+            return kind
+    return "norms" if "norm" in name else "embeddings"
+
+
+@cache
+def on_one_process(name: str, ranks: int, dtype: torch.dtype) -> list[Any]:
+    """The steps of a case, whose micro-batches so many ranks would share."""
+    batches = [dealt(CASES[name], ranks, step=step) for step in range(STEPS)]
+    alone = [([part for mine in zip(*parts, strict=True) for part in mine], targets) for parts, targets in batches]
+    return list(steps_of(sparse_model(CASES[name], dtype), alone, ALONE))
+
+
+@cache
+def meshes(degrees: Degrees) -> Meshes:
+    return make_meshes(degrees, device_type="cpu")
+
+
+def errors(name: str, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, float]:
+    """Largest relative error of a case by class of parameters over its steps, of the norm and of the loss."""
+    case, ranks, me = CASES[name], degrees.ranks, dist.get_rank()
+    right = on_one_process(name, ranks, dtype)
+    model = sparse_model(case, dtype)
+    apply(model, meshes(degrees))
+    parallel = Parallel(ranks=Ranks(rank=me, size=ranks), degrees=degrees)
+    batches = [dealt(case, ranks, step=step) for step in range(STEPS)]
+    here = steps_of(model, [(parts[me], targets) for parts, targets in batches], parallel)
+
+    found = dict.fromkeys((*CLASSES, "norm", "loss"), 0.0)
+    for (gradients, clipped, numbers), (gradients_1, clipped_1, numbers_1) in zip(here, right, strict=True):
+        assert gradients.keys() == gradients_1.keys()
+        assert numbers_1[1] > CLIP, "the gradient is clipped"
+        for ours, ones in ((gradients, gradients_1), (clipped, clipped_1)):
+            for parameter, one in ones.items():
+                error = float((ours[parameter] - one).abs().max() / one.abs().max().clamp(min=1e-30))
+                kind = class_of(parameter)
+                found[kind] = max(found[kind], error if error == error else float("inf"))
+        for kind, ours_, one_ in zip(("loss", "norm"), numbers, numbers_1, strict=True):
+            found[kind] = max(found[kind], abs(ours_ - one_) / abs(one_))
+    return found
+
+
+def on_rank(rank: int, store: str, ranks: int, work: Callable[[], Any], out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+    found = work()
+    if rank == 0:
+        Path(out).write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def rows_on(ranks: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    return [
+        {
+            "layout": describe(degrees),
+            "dtype": str(dtype).removeprefix("torch."),
+            "cases": {name: errors(name, degrees, dtype=dtype) for name in CASES},
+        }
+        for degrees in layouts(ranks)
+    ]
+
+
+def measure() -> dict[str, Any]:
+    rows = []
+    for ranks in (2, 4):
+        for dtype in (torch.float64, torch.float32):
+            with tempfile.TemporaryDirectory() as folder:
+                out = f"{folder}/out.json"
+                work = partial(rows_on, ranks, dtype)
+                torch.multiprocessing.spawn(on_rank, args=(f"{folder}/store", ranks, work, out), nprocs=ranks)
+                rows += json.loads(Path(out).read_text(encoding="utf-8"))
+    return {"made": circumstances(), "rows": rows}
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """For each dtype the layouts, and the largest error over all cases for each class."""
+    parts = {}
+    for dtype in ("float64", "float32"):
+        lines = [f"| layout | {' | '.join((*CLASSES, 'norm', 'loss'))} |", "|---|" + " ---: |" * (len(CLASSES) + 2)]
+        for row in result["rows"]:
+            if row["dtype"] == dtype:
+                worst = [max(case[name] for case in row["cases"].values()) for name in (*CLASSES, "norm", "loss")]
+                lines.append(f"| {row['layout']} | " + " | ".join(f"{value:.0e}" for value in worst) + " |")
+        parts[f"parity {dtype}"] = "\n".join(lines)
+    made, cases = result["made"], result["rows"][0]["cases"]
+    parts["parity made"] = (
+        f"The largest over {len(cases)} cases ({'; '.join(cases)}), two optimiser steps each, before and after "
+        f"clipping. {made['versions']}, {made['machine']}, {made['date']}."
+    )
+    return parts
+
+
+def main() -> None:
+    if not arguments(__doc__).parse_args().tables:
+        save(RESULT, measure())
+    renew(PAGE, RESULT, tables)
+
+
+if __name__ == "__main__":
+    main()

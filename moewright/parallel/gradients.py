@@ -1,0 +1,44 @@
+"""The gradient's norm over parameters on two meshes, and clipping with one factor everywhere."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from moewright.parallel.experts import local_part
+from moewright.parallel.ranks import Ranks
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], *, max_norm: float, loss: Tensor, ranks: Ranks
+) -> tuple[float, float]:
+    """Scale the whole gradient down to `max_norm` (0: leave it) where it is larger; returns loss and norm.
+
+    `loss` is this rank's part of the step's, 0-dim. Each element of the gradient counts once, however many ranks hold
+    it; one reduction over the ranks adds up squares and loss. A gradient that is not finite has such a norm on all.
+    """
+    parameters = list(parameters)
+    if ranks.size == 1:
+        whole = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+        return float(loss), float(whole)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares = loss.new_zeros((), dtype=torch.float64)
+    for gradient in gradients:
+        squares += torch.linalg.vector_norm(local_part(gradient)).double().square() / _copies(gradient, ranks)
+    total, square = ranks.totals(torch.stack([loss.double(), squares])).tolist()
+    norm = math.sqrt(square)
+    if max_norm and norm > max_norm:
+        for gradient in gradients:
+            local_part(gradient).mul_(max_norm / (norm + 1e-6))
+    return total, norm
+
+
+def _copies(gradient: Tensor, ranks: Ranks) -> int:
+    """How many ranks hold the same part of a gradient."""
+    if not isinstance(gradient, DTensor):
+        return ranks.size
+    sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+    return math.prod(size for placement, size in sizes if isinstance(placement, Replicate))

@@ -1,0 +1,133 @@
+"""Parts of tensors: the one that a rank holds, and the way of any part to the first rank.
+
+A parameter that is divided among ranks is a DTensor; every other tensor is whole on every rank.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from moewright.backbone.slots import Bring, Index, Slices, here
+from moewright.parallel.experts import local_part
+from moewright.parallel.ranks import Ranks
+
+T = TypeVar("T")
+DONE: Final = -1
+MOST_DIMS: Final = 4
+
+
+def part_of(name: str, tensor: Tensor) -> Slices:
+    """The slice of each dim that this rank holds; `name` is not needed."""
+    ranges = [range(size) for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+        assert coordinate is not None, "a rank outside of the mesh"
+        # From the last axis of the mesh to the first: experts are divided first, then sharded.
+        for axis, placement in reversed(list(enumerate(tensor.placements))):
+            if not isinstance(placement, Replicate):
+                dim = placement.dim  # type: ignore[attr-defined]  # Shard's and _StridedShard's
+                held = ranges[dim]
+                each = -(-len(held) // mesh.size(axis))
+                ranges[dim] = held[each * coordinate[axis] : each * (coordinate[axis] + 1)]
+    return tuple(slice(held.start, held.stop) for held in ranges)
+
+
+def with_part(like: Tensor, part: Tensor) -> Tensor:
+    """The tensor of the shape and placement of `like` of which this rank holds `part`."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A small tensor, whole on every rank; all must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_first_rank(tensors: Iterable[Tensor], work: Callable[[Bring], T], *, ranks: Ranks) -> T | None:
+    """Let the first rank do `work`, which can have any part of any of `tensors` brought there, one after the other.
+
+    `tensors` are the same on all ranks and in the same order. The others send their parts until the work is done, and
+    return None. If it fails, all ranks raise, and the first one's error is the one that tells.
+    """
+    if ranks.size == 1:
+        return work(here)
+    divided = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    result = None
+    with ranks.agreeing():
+        if not ranks.is_first:
+            while (request := _broadcast(torch.empty(1 + 2 * MOST_DIMS, dtype=torch.int64), ranks))[0] != DONE:
+                number, *bounds = request
+                tensor = divided[number]
+                _collect(tensor, [range(*bounds[2 * d : 2 * d + 2]) for d in range(tensor.dim())], ranks)
+        else:
+            try:
+                result = work(_Bringer({id(tensor): n for n, tensor in enumerate(divided)}, ranks))
+            finally:
+                _broadcast(torch.full((1 + 2 * MOST_DIMS,), DONE), ranks)
+    return result
+
+
+@dataclass
+class _Bringer:
+    """The first rank's side: asks for a part, and joins those that come."""
+
+    numbers: dict[int, int]
+    ranks: Ranks
+
+    def __call__(self, tensor: Tensor, index: Index) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return here(tensor, index)
+        wanted, dropped = [range(size) for size in tensor.shape], []
+        for dim, at in enumerate(index):
+            if isinstance(at, int):
+                wanted[dim] = range(at, at + 1)
+                dropped.append(dim)
+            else:
+                wanted[dim] = wanted[dim][at]
+        bounds = [bound for held in wanted for bound in (held.start, held.stop)]
+        request = [self.numbers[id(tensor)], *bounds, *[0] * (2 * (MOST_DIMS - len(wanted)))]
+        _broadcast(torch.tensor(request), self.ranks)
+        whole = _collect(tensor, wanted, self.ranks)
+        return whole[tuple(0 if dim in dropped else slice(None) for dim in range(whole.dim()))]
+
+
+def _broadcast(request: Tensor, ranks: Ranks) -> list[int]:
+    """The first rank's request, on all."""
+    request = request.to(ranks.device)
+    dist.broadcast(request, src=0)
+    values: list[int] = request.tolist()
+    return values
+
+
+@torch.no_grad()
+def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
+    """On the first rank the part `wanted`, to which each rank gives what it holds of it."""
+    local = local_part(tensor)
+    joined = local.new_zeros([len(held) for held in wanted])
+    mine = [range(size)[part] for size, part in zip(tensor.shape, part_of("", tensor), strict=True)]
+    meeting = [
+        range(max(its.start, held.start), min(its.stop, held.stop)) for its, held in zip(wanted, mine, strict=True)
+    ]
+    if all(meeting) and not _is_copy(tensor):
+        to = tuple(slice(m.start - its.start, m.stop - its.start) for m, its in zip(meeting, wanted, strict=True))
+        of = tuple(slice(m.start - held.start, m.stop - held.start) for m, held in zip(meeting, mine, strict=True))
+        joined[to] = local[of]
+    # Added up as whole numbers: one rank has the bits of an element, and all others have zeros.
+    bits = joined.flatten().view(torch.uint8)
+    dist.reduce(bits.view(torch.int32) if len(bits) % 4 == 0 else bits, dst=0)
+    return joined
+
+
+def _is_copy(tensor: DTensor) -> bool:
+    """Whether a rank before this one holds the same part."""
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside of the mesh"
+    return any(isinstance(p, Replicate) and at for p, at in zip(tensor.placements, coordinate, strict=True))

@@ -1,0 +1,65 @@
+"""Data parallelism and ZeRO: every block, and the experts in it, under torch's `fully_shard`.
+
+| `zero` | parameters | gradients | optimiser states |
+|---|---|---|---|
+| 0 | whole | whole, reduced once a step | whole |
+| 1 | sharded, whole from the forward to the backward pass | whole in a step, reduced once | sharded |
+| 2 | as with 1 | sharded, reduced after each micro-batch | sharded |
+| 3 | sharded, whole for the forward pass of a block and again for its backward pass | as with 2 | sharded |
+"""
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+
+from moewright.moe.layer import MoELayer
+from moewright.parallel.mesh import Meshes
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], layers: Iterable[MoELayer], meshes: Meshes) -> None:
+    """Shard the experts of `layers` on the axes of their mesh other than `ep`, all else on the dense mesh.
+
+    All gradients are reduced as sums: losses are divided by the targets of all ranks beforehand.
+    """
+    degrees = meshes.degrees
+    # With zero 0 there is one shard, of which `fully_shard` makes a copy to compute with: it is freed at once.
+    reshard = degrees.zero in (0, 3)
+    experts_mesh = meshes.experts["replicate", "shard"] if degrees.expert_replicate > 1 else meshes.experts["shard"]
+    dense_mesh = meshes.dense if degrees.dp_replicate > 1 else meshes.dense["shard"]
+    for layer in layers:
+        fully_shard(
+            layer.experts,
+            mesh=experts_mesh,
+            reshard_after_forward=reshard,
+            shard_placement_fn=lambda parameter: _placement(parameter, meshes.experts["shard"], degrees.ep),
+        )
+    for block in blocks:
+        fully_shard(block, mesh=dense_mesh, reshard_after_forward=reshard)
+    fully_shard(model, mesh=dense_mesh, reshard_after_forward=reshard)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction that also multiplies
+
+
+def reduce_gradients_at_the_end(model: nn.Module, *, last: bool) -> None:
+    """Before a backward pass: let gradients be added up here, and be reduced in the `last` micro-batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """After forward passes without a backward pass: drop the whole parameters that stages 1 and 2 keep for it."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _placement(parameter: nn.Parameter, mesh: DeviceMesh, ep: int) -> Shard:
+    """Experts as a whole where they divide, else the rows of each."""
+    experts = parameter.shape[0] // ep
+    by_rows = experts % mesh.size() != 0 and parameter.shape[1] % mesh.size() == 0
+    return Shard(1 if by_rows else 0)

@@ -1,0 +1,170 @@
+"""A model on several ranks has the gradients of one process, whatever the layout; what cannot be had is refused."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import parity
+from moewright.backbone.slots import Bring
+from moewright.errors import UsageError
+from moewright.parallel.apply import apply
+from moewright.parallel.config import Degrees, ParallelConfig, resolve
+from moewright.parallel.experts import local_part
+from moewright.parallel.mesh import table
+from moewright.parallel.parts import on_first_rank, part_of
+from moewright.parallel.ranks import Ranks
+from tests.ranks import on_ranks
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
+
+
+def gradients_equal_one_process(rank: int, *, ranks: int, dtype: torch.dtype, every: int) -> None:
+    """Each layout with one of the cases in turn, or with each (`every` = 1)."""
+    pairs = [(degrees, name) for degrees in parity.layouts(ranks) for name in parity.CASES]
+    for degrees, name in pairs[::every]:
+        errors = parity.errors(name, degrees, dtype=dtype)
+        assert max(errors.values()) <= TOLERANCE[dtype], f"{parity.describe(degrees)}, {name}: {errors}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_and_clipping_on_two_ranks(tmp_path: Path, dtype: torch.dtype) -> None:
+    # Eight layouts of seven cases each: every 6th pair meets all of both.
+    on_ranks(partial(gradients_equal_one_process, ranks=2, dtype=dtype, every=6), tmp_path, ranks=2)
+
+
+def test_gradients_and_clipping_on_four_ranks(tmp_path: Path) -> None:
+    on_ranks(partial(gradients_equal_one_process, ranks=4, dtype=torch.float64, every=15), tmp_path, ranks=4)
+
+
+def fewer_experts_than_shards(rank: int) -> None:
+    # The experts' rows are sharded where these divide: here those of down, and not the 30 of gate and up.
+    parity.CASES["few"] = parity.Case(changes={"num_experts": 2, "top_k": 1, "expert_size": 15})
+    degrees = Degrees(ranks=4, zero=3)
+    errors = parity.errors("few", degrees, dtype=torch.float64)
+    assert max(errors.values()) <= TOLERANCE[torch.float64], errors
+
+    model = parity.sparse_model(parity.CASES["few"], torch.float32)
+    right = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    apply(model, parity.meshes(degrees))
+    parameters = dict(model.named_parameters())
+    down = "model.layers.1.mlp.experts.down_proj"
+    assert local_part(parameters[down]).shape == (2, 8, 15)
+    for name, parameter in parameters.items():
+        assert torch.equal(local_part(parameter), right[name][part_of(name, parameter)])
+
+    def work(bring: Bring) -> int:
+        for name, parameter in parameters.items():
+            assert torch.equal(bring(parameter, ()), right[name])
+        assert torch.equal(bring(parameters[down], (1, slice(3, 20))), right[down][1, 3:20])
+        assert torch.equal(bring(parameters[down], (slice(0, 1), slice(9, 9))), right[down][:1, 9:9])
+        return len(parameters)
+
+    done = on_first_rank(parameters.values(), work, ranks=Ranks(rank=rank, size=4))
+    assert done == (len(parameters) if rank == 0 else None)
+
+
+def test_any_part_of_a_model_comes_to_the_first_rank(tmp_path: Path) -> None:
+    on_ranks(fewer_experts_than_shards, tmp_path, ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "ranks", "expected"),
+    [
+        (4, 2, 1, [(0, 4)]),
+        (4, 2, 2, [(0, 2), (2, 4)]),
+        (6, 2, 2, [(0, 2), (2, 6)]),
+        (2, 2, 4, [(0, 0), (0, 1), (1, 1), (1, 2)]),
+        (3, 3, 2, [(0, 2), (2, 3)]),
+    ],
+)
+def test_rows_are_dealt_out_in_order(rows: int, size: int, ranks: int, expected: list[tuple[int, int]]) -> None:
+    shares = [range(rows)[Ranks(rank=rank, size=ranks).share(rows, size=size)] for rank in range(ranks)]
+    assert [(share.start, share.stop) for share in shares] == expected
+    assert sum(map(len, shares)) == rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_and_clipping_in_all_layouts_and_cases(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
+    on_ranks(partial(gradients_equal_one_process, ranks=ranks, dtype=dtype, every=1), tmp_path, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "experts", "expected"),
+    [
+        (None, 1, [8], Degrees()),
+        (None, 4, [8], Degrees(ranks=4, ep=4, dp_replicate=4)),
+        (None, 4, [6, 8], Degrees(ranks=4, ep=2, dp_replicate=4)),
+        (None, 6, [8], Degrees(ranks=6, ep=2, dp_replicate=6)),
+        (None, 4, [], Degrees(ranks=4, dp_replicate=4)),
+        (ParallelConfig(layout="E"), 4, [8], Degrees(ranks=4, ep=4, dp_replicate=4)),
+        (ParallelConfig(layout="E+D", ep=2), 4, [8], Degrees(ranks=4, ep=2, dp_replicate=4)),
+        (ParallelConfig(layout="E+Z"), 4, [8], Degrees(ranks=4, ep=4, zero=2)),
+        (ParallelConfig(layout="E+D+Z", ep=2, zero=3), 8, [8], Degrees(ranks=8, ep=2, zero=3)),
+        (ParallelConfig(zero=1, dp_replicate=2), 8, [8], Degrees(ranks=8, ep=4, dp_replicate=2, zero=1)),
+        (ParallelConfig(ep=1), 3, [8], Degrees(ranks=3, ep=1, dp_replicate=3)),
+    ],
+)
+def test_degrees_follow_from_ranks_and_experts(
+    config: ParallelConfig | None, ranks: int, experts: list[int], expected: Degrees
+) -> None:
+    degrees = resolve(config, ranks=ranks, experts=experts)
+    assert degrees == expected
+    assert degrees.expert_replicate * degrees.expert_fsdp * degrees.ep == ranks == degrees.dp_replicate * degrees.fsdp
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layout": "E+D+M"}, "layout=E.D.M needs tensor slicing, which is not there yet"),
+        ({"layout": "E+Z-Off+M"}, "needs tensor slicing and offload, which is not there yet"),
+        ({"layout": "D"}, "layout=D: choose one of E, E"),
+        ({"zero": 4}, "zero=4: choose one of 0, 1, 2, 3"),
+        ({"ep": 0}, "ep=0: it must be at least 1"),
+        ({"layout": "E+Z", "zero": 0}, "zero=0 with layout=E.Z: choose layout=E,"),
+        ({"layout": "E+D", "zero": 2}, "zero=2 with layout=E.D: choose layout=E.D.Z,"),
+        ({"dp_replicate": 2}, "dp_replicate=2 with zero=0"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ParallelConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "experts", "message"),
+    [
+        ({"ep": 3}, 4, [8], "ep=3 with 4 ranks and 8 experts a layer: choose 2 or 4"),
+        ({"ep": 4}, 4, [6], "ep=4 with 4 ranks and 6 experts a layer: choose 1 or 2"),
+        ({"ep": 2}, 1, [8], "ep=2 with 1 rank and 8 experts a layer: choose 1"),
+        (
+            {"layout": "E"},
+            4,
+            [6],
+            "layout=E: with 4 ranks and 6 experts a layer it would be ep=4.*layout=E.D, with ep=",
+        ),
+        ({"layout": "E+Z", "ep": 2}, 4, [8], "ep=2 with layout=E.Z.*choose layout=E.D.Z, with ep=1 or 2"),
+        ({"layout": "E+Z", "dp_replicate": 2}, 4, [8], "layout=E.Z: with 4 ranks in 2 copies"),
+        ({"zero": 2, "dp_replicate": 3}, 4, [8], "dp_replicate=3 with 4 ranks: choose 1 or 2"),
+        ({"zero": 2, "dp_replicate": 4}, 4, [8], "dp_replicate=4 with 4 ranks: choose 1 or 2"),
+    ],
+)
+def test_degrees_that_do_not_divide_are_refused_with_those_that_do(
+    settings: dict[str, object], ranks: int, experts: list[int], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(ParallelConfig(**settings), ranks=ranks, experts=experts)
+
+
+def test_the_table_of_ranks() -> None:
+    assert table(Degrees(ranks=4, ep=2, dp_replicate=4), experts=8).splitlines() == [
+        "E+D on 4 ranks: ep 2, dense parts in 4 copies on every rank (zero 0)",
+        "          experts 0-3  experts 4-7",
+        "copy 0    rank 0       rank 1",
+        "copy 1    rank 2       rank 3",
+    ]
+    assert table(Degrees(ranks=2, zero=3)) == "E+D+Z on 2 ranks: ep 1, dense parts sharded over 2 ranks (zero 3)"
