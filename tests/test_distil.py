@@ -450,7 +450,7 @@ def test_targets_and_texts_that_are_refused(folders, tmp_path):
     for name in ("dense", "split"):
         with pytest.raises(ModelError, match=rf"would overwrite or mix with its source .*{name}"):
             run(folders / name, overwrite=True)
-    with pytest.raises(UsageError, match=r"text.jsonl is to be learned from and to be measured on"):
+    with pytest.raises(UsageError, match=r"text.jsonl is in both `text` and `verify_text`"):
         run(tmp_path / "out", verify_text=text)
     with pytest.raises(DataError, match=r"there is no such file"):
         run(tmp_path / "out", text=[str(tmp_path / "none.txt")])

@@ -282,7 +282,7 @@ def test_dense_layers_must_come_first():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "its sparse layers cannot be: renormalize with top_k=1"),
+        ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "invalid sparse layers: renormalize with top_k=1"),
         ({"num_experts_per_tok": 5}, "top_k=5 > num_experts=4"),
         ({"n_group": 3, "topk_group": 1}, "num_groups=3 with num_experts=4"),
         ({"n_group": 2, "topk_group": 3}, "top_groups=3 of num_groups=2"),

@@ -3,7 +3,7 @@
     import moewright.auto
     model = AutoModelForCausalLM.from_pretrained(folder)  # or AutoModelForSeq2SeqLM, AutoModel
 
-What comes back is what `load_model` gives: the transformers class of the backbone, with MoELayers grafted in. The
+The result is that of `load_model`: the transformers class of the backbone, with MoELayers grafted in. The
 folder is read by us, so nothing in it is run or trusted more than elsewhere.
 """
 
@@ -29,15 +29,15 @@ from moewright.backbone.load import dtype_named, load_model
 from moewright.errors import UsageError
 from moewright.family.table import FAMILIES
 
-OWN: Final = OWN_TYPE.name
+MODEL_TYPE: Final = OWN_TYPE.name
 PASSED_ON: Final = ("_from_auto", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",
                     "subfolder", "code_revision", "adapter_kwargs", "low_cpu_mem_usage", "use_safetensors",
                     "_commit_hash", "trust_remote_code", "weights_only")  # fmt: skip
-"""Arguments that the automatic classes hand on, and that say nothing where the folder is on disk and safetensors."""
+"""Arguments that the automatic classes hand on, and that have no meaning for safetensors in a folder on disk."""
 
 OF_THE_FILE: Final = ("architectures", "dtype", "is_encoder_decoder", "model_type", "transformers_version",
                       "_name_or_path")  # fmt: skip
-"""Fields of our config that are no setting of the model, or may differ."""
+"""Fields of our config that are not settings of the model, or may differ."""
 NAMED_BY_BOTH: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 """Settings of generation that belong in a model's config, too."""
 
@@ -45,7 +45,7 @@ NAMED_BY_BOTH: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cac
 class MoewrightConfig(PreTrainedConfig):
     """`config.json` of our own type: `backbone`, the fields of a dense config, and `sparse_layers`."""
 
-    model_type = OWN
+    model_type = MODEL_TYPE
 
     def __init__(self, backbone: Any = None, sparse_layers: Any = None, **rest: Any) -> None:
         super().__init__(**rest)
@@ -53,7 +53,7 @@ class MoewrightConfig(PreTrainedConfig):
         self.backbone, self.sparse_layers = backbone, sparse_layers
 
     def __getattr__(self, name: str) -> Any:
-        """A field of `backbone` that has no place here, by the names that the backbone's own config answers to."""
+        """A field of `backbone` that has no place here, by the names that the backbone's own config knows."""
         backbone: Any = self.__dict__.get("backbone")
         model_type = backbone.get("model_type") if isinstance(backbone, dict) else None
         if isinstance(model_type, str) and model_type in FAMILIES and not name.startswith("_"):
@@ -82,13 +82,13 @@ class MoewrightForCausalLM(PreTrainedModel):
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir():
-            raise UsageError(f"{path}: no such folder; a model of type {OWN} is loaded from disk, download it first")
+            raise UsageError(f"{path}: no such folder; a {MODEL_TYPE} model is loaded from disk, download it first")
         if args:
-            raise UsageError(f"a model of type {OWN} is loaded without positional arguments")
+            raise UsageError(f"a {MODEL_TYPE} model is loaded without positional arguments")
         plain = MoewrightConfig.from_pretrained(path)
         config = kwargs.pop("config", None) or plain
         if not isinstance(config, MoewrightConfig):
-            raise UsageError(f"config is a {type(config).__name__}; a folder of type {OWN} takes a MoewrightConfig")
+            raise UsageError(f"config is a {type(config).__name__}; a {MODEL_TYPE} folder takes a MoewrightConfig")
         device = kwargs.pop("device_map", None)
         attention = kwargs.pop("attn_implementation", config._attn_implementation_internal)
         dtype = _dtype_of(config, kwargs)
@@ -123,7 +123,7 @@ class MoewrightForConditionalGeneration(MoewrightForCausalLM):
 
 
 class MoewrightModel(MoewrightForCausalLM):
-    """The same without a head: what comes back is the whole model's `base_model`, which does not save itself."""
+    """The same without a head: returns the whole model's `base_model`, which cannot save itself."""
 
     seq2seq = None
 
@@ -150,10 +150,10 @@ def _headless(model: PreTrainedModel) -> PreTrainedModel:
 def _refuse_kind(config: MoewrightConfig, *, seq2seq: bool | None) -> None:
     """`UsageError` where a causal language model is asked for and an encoder-decoder is there, or the other way."""
     model_type = config.backbone.get("model_type") if isinstance(config.backbone, dict) else None
-    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None  # what is none is refused when read
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None  # an unknown type is refused on reading
     if family is not None and seq2seq is not None and family.seq2seq != seq2seq:
         auto = "AutoModelForSeq2SeqLM" if family.seq2seq else "AutoModelForCausalLM"
-        raise UsageError(f"this {OWN} model is on {model_type}: load it with {auto}")
+        raise UsageError(f"this {MODEL_TYPE} model is on {model_type}: load it with {auto}")
 
 
 def _dtype_of(config: MoewrightConfig, arguments: dict[str, Any]) -> torch.dtype | None:
@@ -169,12 +169,12 @@ def _refuse_changes(config: MoewrightConfig, plain: MoewrightConfig, arguments: 
     said, before = config.to_dict(), plain.to_dict()
     changes = [name for name in said if name not in OF_THE_FILE and said[name] != before.get(name, ...)]
     changes += ["experts_implementation"] if config._experts_implementation_internal is not None else []
-    # What is None, or a switch of transformers that is off, asks for nothing.
+    # None, or a switch of transformers that is off, changes nothing.
     asked = {name for name, value in arguments.items() if value is not None and name not in PASSED_ON}
     changes += sorted(name for name in asked if arguments[name] is not False or hasattr(config, name))
     if changes:
         raise UsageError(
-            f"{', '.join(changes)}: of a folder of type {OWN} only dtype, device_map and attn_implementation can be "
+            f"{', '.join(changes)}: of a {MODEL_TYPE} folder only dtype, device_map and attn_implementation can be "
             "chosen when it is loaded; change its config.json, or the loaded model"
         )
 
@@ -185,13 +185,13 @@ def _one_device(device_map: Any) -> torch.device:
     if device_map == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not isinstance(device_map, str | int | torch.device):
-        raise UsageError(f"device_map={device_map!r}: a model of type {OWN} is put on one device; name it, or auto")
+        raise UsageError(f"device_map={device_map!r}: a {MODEL_TYPE} model is put on one device; name it, or auto")
     return torch.device(device_map)
 
 
 def register() -> None:
     """Teach transformers' automatic classes our type."""
-    AutoConfig.register(OWN, MoewrightConfig, exist_ok=True)
+    AutoConfig.register(MODEL_TYPE, MoewrightConfig, exist_ok=True)
     AutoModel.register(MoewrightConfig, MoewrightModel, exist_ok=True)
     AutoModelForCausalLM.register(MoewrightConfig, MoewrightForCausalLM, exist_ok=True)
     AutoModelForSeq2SeqLM.register(MoewrightConfig, MoewrightForConditionalGeneration, exist_ok=True)

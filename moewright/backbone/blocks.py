@@ -1,4 +1,4 @@
-"""Put a MoELayer where a feed-forward block is, take it out again, find it there, and hand it the token mask.
+"""Put a MoELayer where a feed-forward block is, take it out again, find it there, and pass the token mask to it.
 
 Nothing here knows of folders; `graft.py` adds how transformers saves and loads such a model.
 """

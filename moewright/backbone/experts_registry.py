@@ -82,7 +82,7 @@ def _activation_name(module: Any) -> str:
 
 
 def _class_and_settings(activation: nn.Module) -> tuple[object, ...]:
-    """What tells activations apart: their class, and the numbers they were made with."""
+    """The identity of an activation: its class, and the numbers it was made with."""
     settings = ("min", "max", "min_val", "max_val", "negative_slope")
     return type(activation), *(getattr(activation, name, None) for name in settings)
 

@@ -1,4 +1,4 @@
-"""What a model folder holds, said without loading it."""
+"""The contents of a model folder, read without loading its weights."""
 
 from pathlib import Path
 from typing import Any

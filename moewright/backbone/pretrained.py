@@ -88,8 +88,8 @@ def take_names_on_disk(
     """Pre-hook of `load_state_dict`, which lets it take the tensors of a folder by their names on disk, in any format
     that holds the model.
 
-    They are put into the model here; what has a name in memory, or one that nobody knows, is left to torch. What old
-    versions stored and a config says is dropped. A state may be a part of a model, as one shard is. Raises `ModelError`
+    They are put into the model here; names in memory and unknown names are left to torch. Tensors that old versions
+    stored and that follow from the config are dropped. The state may be partial (one shard). Raises `ModelError`
     where some of it is this model's, but feed-forward weights in it are those of a dense model, or of a format that
     does not compute this one.
     """

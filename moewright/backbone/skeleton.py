@@ -47,7 +47,7 @@ def embedding_of(model: PreTrainedModel) -> nn.Parameter:
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
-    """Whether the output projection is the table of input embeddings. Configs do not tell: T5's always says so."""
+    """Whether the output projection is the table of input embeddings. Configs are unreliable: T5's is always true."""
     return model.get_output_embeddings().get_parameter("weight") is embedding_of(model)
 
 
@@ -61,7 +61,7 @@ def untie_head(model: PreTrainedModel) -> None:
 def text_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits (S, V) for token ids (S,), int64, each row for the token after it; without a cache.
 
-    An encoder-decoder reads the text and says it again.
+    An encoder-decoder gets the same text as source and target.
     """
     again = {"decoder_input_ids": ids[None]} if model.config.is_encoder_decoder else {}
     logits: Tensor = model(input_ids=ids[None], use_cache=False, **again).logits[0]

@@ -62,7 +62,7 @@ def here(tensor: Tensor, index: Index) -> Tensor:
 
 
 class TensorSource(Protocol):
-    """Where the tensors of a folder come from: the folder itself, or what makes them."""
+    """The source of a folder's tensors: the folder itself, or a conversion that makes them."""
 
     def read(self, slot: "Slot", index: Slices | None = None) -> Tensor:
         """A slot's tensor as it is on disk; with `index` that part of it alone is read or made."""
@@ -124,13 +124,13 @@ class Slot:
     target: str | None = None
     """Name of the parameter or buffer of the model that it is, where it is one as a whole."""
     pieces: tuple[Piece, ...] = ()
-    """Its parts, one after the other in its memory; none for what is not of a MoELayer."""
+    """Its parts, one after the other in its memory; none for a tensor outside of MoELayers."""
     factor: float = 1.0
     """The pieces are multiplied with this on disk."""
     order: Order | None = None
     """How they lie on disk, where that is not as in memory."""
     fill: float | None = None
-    """The value of all its elements, for what no part of the model is."""
+    """The value of all its elements, for a tensor that only the format requires."""
     must_match: bool = False
     """Whether another value than `fill` would change what the model computes."""
     tied: bool = False
@@ -156,16 +156,16 @@ class Slot:
         name, index = self.place(model)
         return bring(attrgetter(name)(model), index)
 
-    # -- a tensor's factor, order and constant, both ways: nobody else applies them --
+    # -- a tensor's factor, order and constant, both ways; applied nowhere else --
 
     def to_disk(self, tensor: Tensor) -> Tensor:
-        """A part of the model as it is on disk."""
+        """Convert a part of the model to the layout on disk."""
         if self.order is not None:
             tensor = self.order.to_disk(tensor)
         return tensor if self.factor == 1.0 else tensor * self.factor
 
     def from_disk(self, tensor: Tensor) -> Tensor:
-        """What is on disk as it is in the model."""
+        """Convert a stored tensor to the model's layout."""
         if self.factor != 1.0:
             tensor = tensor / self.factor
         return tensor if self.order is None else self.order.from_disk(tensor)
@@ -176,7 +176,7 @@ class Slot:
         return torch.full(self.shape, self.fill, dtype=dtype)
 
     def contradicts(self, tensor: Tensor) -> bool:
-        """Whether a tensor found on disk says what a model with this constant does not compute."""
+        """Whether a tensor on disk asks for something that a model with this constant does not compute."""
         return self.fill is not None and self.must_match and not bool(tensor.eq(self.fill).all())
 
     def stored(self, model: PreTrainedModel, dtype: torch.dtype, bring: Bring = here) -> Tensor:

@@ -28,9 +28,9 @@ class NewFolder:
     records added to ``records``; `commit` puts the folder in place. Leaving the block without it removes what was made.
     Several processes may write into ``path``: the one in the block gathers their records, and commits.
 
-    The remains of a killed process (a temporary folder, a folder moved aside, half a move) are put right when the block
-    is entered. ModelError if another process is writing to ``path``, or something else took the place of a folder moved
-    aside; OSError as the system raises it.
+    The remains of a killed process (a temporary folder, a folder moved aside, an unfinished move) are cleaned up when
+    the block is entered. ModelError if another process is writing to ``path``, or something else took the place of a
+    folder moved aside; OSError as the system raises it.
     """
 
     home: Path
@@ -45,7 +45,7 @@ class NewFolder:
     into: Move | None = None
     """How the files are moved into a folder in place, which stays."""
     check: Callable[[], None] = lambda: None
-    """Called once remains are put right: may refuse what is in place by an error of its own."""
+    """Called after that clean-up; may refuse the folder in place with an error of its own."""
     records: dict[str, FileRecord] = field(default_factory=dict)
     locked: bool = field(init=False)
     """False on a file system without locks: there, two writers do not notice each other."""

@@ -1,4 +1,4 @@
-"""The operating system's part: its errors in one line, room on a disk, and names that last."""
+"""The operating system's part: its errors in one line, free disk space, and durable names."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Files written to last: hashed on the way, and on the disk when we say so."""
+"""Durable files, hashed while they are written."""
 
 import contextlib
 import hashlib

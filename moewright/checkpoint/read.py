@@ -90,7 +90,7 @@ class ModelFolder:
         if unknown:
             raise ModelError(f"{self.path}: tensors that {CONFIG} has no place for: {listed(unknown)}")
         shapes = [(name, self.tensors[name].shape, expected[name]) for name in expected if name in self.tensors]
-        wrong = [f"{name} is {list(found)}, not {list(due)}" for name, found, due in shapes if found != tuple(due)]
+        wrong = [f"{name} is {list(stored)}, not {list(due)}" for name, stored, due in shapes if stored != tuple(due)]
         if wrong:
             raise ModelError(f"{self.path}: shapes that disagree with {CONFIG}: {listed(wrong)}")
 
@@ -119,12 +119,12 @@ class ModelFolder:
         Tensors for whose names `but` is true do not count.
         """
         floating = (info for info in self.tensors.values() if info.dtype.is_floating_point)
-        found = sorted({info.dtype for info in floating if not but(info.name)}, key=str)
-        if not found:
+        dtypes = sorted({info.dtype for info in floating if not but(info.name)}, key=str)
+        if not dtypes:
             raise ModelError(f"{self.path}: no floating-point weights")
-        widest = functools.reduce(torch.promote_types, found)
-        if len(found) > 1 and not self._told_of_dtypes:
-            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in found)
+        widest = functools.reduce(torch.promote_types, dtypes)
+        if len(dtypes) > 1 and not self._told_of_dtypes:
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             chosen = str(widest).removeprefix("torch.")
             warnings.warn(f"{self.path}: weights of mixed dtypes {names}; {chosen} is used for all", stacklevel=2)
             self._told_of_dtypes = True
@@ -135,8 +135,9 @@ class ModelFolder:
         if self._fingerprint is None:
             files = {file.name: file for file in (self.path / CONFIG, *self._weight_files())}
             with reading(self.path):
-                found = {name: (self._hashes.record_of if self._hashes else record_of)(files[name]) for name in files}
-            text = "".join(f"{found[name]['sha256']}  {name}\n" for name in sorted(files))
+                fingerprint = self._hashes.record_of if self._hashes else record_of
+                records = {name: fingerprint(files[name]) for name in files}
+            text = "".join(f"{records[name]['sha256']}  {name}\n" for name in sorted(files))
             self._fingerprint = hashlib.sha256(text.encode()).hexdigest()
         return self._fingerprint
 

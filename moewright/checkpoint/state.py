@@ -84,8 +84,8 @@ def _step(path: Path) -> int:
 
 def _states(root: Path) -> list[Path]:
     """All states, the newest first; one that was moved aside follows the one that replaces it."""
-    found = [path for path in root.iterdir() if STATE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (-_step(path), path.name))
+    states = [path for path in root.iterdir() if STATE.fullmatch(path.name)]
+    return sorted(states, key=lambda path: (-_step(path), path.name))
 
 
 def _leftovers(root: Path) -> list[Path]:
@@ -95,8 +95,8 @@ def _leftovers(root: Path) -> list[Path]:
 def newest_state(root: Path) -> tuple[Path | None, list[str]]:
     """The newest state below ``root`` that verifies (marker, sizes, SHA-256), and why each newer one was skipped.
 
-    (None, ...) if nothing was ever saved there. Leftovers of killed saves are named among the reasons, and are no
-    history. CheckpointError if there are states and none verifies: a run never starts from step 0 by itself.
+    (None, ...) if nothing was ever saved there. Leftovers of killed saves are named among the reasons, and are not
+    counted as states. CheckpointError if there are states and none verifies: a run never starts from step 0 by itself.
     """
     if not root.is_dir():
         return None, []

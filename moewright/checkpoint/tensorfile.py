@@ -159,8 +159,8 @@ def read_tensor(info: TensorInfo, index: tuple[slice, ...] | None = None) -> Ten
             while size and (count := file.readinto(rest[:size])):
                 rest, size = rest[count:], size - count
             if size:
-                found = len(data) - len(rest)
-                raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {found} were found")
+                nbytes = len(data) - len(rest)
+                raise _damaged(info.file, f"truncated: tensor {info.name} needs {len(data)} bytes, {nbytes} were found")
     return data.view(info.dtype).reshape(shape)
 
 
@@ -236,8 +236,8 @@ def _header(tensors: Mapping[str, LazyTensor]) -> bytes:
 def _write_tensor(file: HashedFile, name: str, lazy: LazyTensor) -> None:
     made = lazy.make()
     if isinstance(made, Tensor):
-        found = (tuple(made.shape), made.dtype)
-        assert found == (lazy.shape, lazy.dtype), f"{name}: {found} was made, {(lazy.shape, lazy.dtype)} announced"
+        actual, announced = (tuple(made.shape), made.dtype), (lazy.shape, lazy.dtype)
+        assert actual == announced, f"{name}: {actual} was made, {announced} announced"
         made = (made,)
     pieces, written = iter(made), 0
     del made

@@ -107,7 +107,7 @@ def lazy_tensors(conversion: Conversion) -> dict[str, LazyTensor]:
 
 
 def record_of(conversion: Conversion, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """Where the new model comes from, for `moewright.json`; the same run says the same bytes."""
+    """The origin of the new model, for `moewright.json`; identical runs give identical records."""
     folder = conversion.folder
     record = {
         "dtype": str(conversion.dtype).removeprefix("torch."),

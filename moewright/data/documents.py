@@ -55,7 +55,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Give the first error back (the generator's own, or a full disk): datasets wraps whatever is raised."""
+    """Raise the first error (the generator's own, or a full disk), since datasets wraps every error."""
     try:
         yield
     except datasets.exceptions.DatasetGenerationError as error:

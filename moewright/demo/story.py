@@ -1,4 +1,4 @@
-"""From a dense model to a trained mixture of experts, on the laptop at hand.
+"""From a dense model to a trained mixture of experts, on a laptop.
 
 Each step is a verb of the command line, run in a process of its own; every number that the story
 ends with was measured in it.

@@ -1,4 +1,4 @@
-"""The choice for a layer: the weights that it had or those it was taught, and the smallest top-k that will do."""
+"""The choice for a layer: its old weights or the trained ones, and the smallest sufficient top-k."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def choose_top_k(errors: Mapping[int, float], *, tolerance: float) -> int:
 
 
 def _rank(k: int, error: float, tolerance: float) -> tuple[bool, float, float]:
-    """The better, the less: within the tolerance fewer experts, then less error; outside it less error."""
+    """Sort key, smaller is better: within the tolerance fewer experts, then less error; outside it less error."""
     return (False, k, error) if error <= tolerance else (True, error, k)
 
 

@@ -61,7 +61,7 @@ def read_rows(
     Raises `UsageError` for a file in both, and `DataError` for less text than a batch takes.
     """
     if verify_text and (twice := {p.resolve() for p in expand(text)} & {p.resolve() for p in expand(verify_text)}):
-        raise UsageError(f"{min(twice)} is to be learned from and to be measured on: hold out another text")
+        raise UsageError(f"{min(twice)} is in both `text` and `verify_text`: hold out another text")
     tokenizer = load_tokenizer(folder, vocabulary=vocabulary)
 
     def packed(files: Sequence[str]) -> PackedRows:

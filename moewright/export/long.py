@@ -26,7 +26,7 @@ class LongText:
     limit: int
     """From this token on it shows something."""
     unseen: tuple[str, ...]
-    """What would need more than `LONGEST`."""
+    """Properties that need more than `LONGEST`."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, short: int) -> "LongText":

@@ -1,4 +1,4 @@
-"""A script, not a module: what plain transformers makes of a sparse folder, in a process without moewright.
+"""A script, not a module: the outputs of plain transformers for a sparse folder, in a process without moewright.
 
     python plain.py FOLDER CASES.npz OUT.npz [moewright.auto]
 
@@ -60,7 +60,7 @@ def chosen_of(args: tuple[Any, ...], experts: int) -> Tensor:
 
 @contextmanager
 def recorded(model: Any, *, blocks: bool, outputs: bool) -> Iterator[tuple[list[Tensor], list[Call]]]:
-    """What each block chooses, and with `outputs` how it was called, in the order of the forward pass."""
+    """The choices of each block, and with `outputs` its calls, in the order of the forward pass."""
     chosen: list[Tensor] = []
     calls: list[Call] = []
     handles = []
@@ -90,7 +90,7 @@ def experts_of(block: Any) -> int:
 
 
 def last_weights(block: Any, expert: int) -> list[Tensor]:
-    """What an expert's output is linear in, bias included."""
+    """The weights of an expert's last projection, bias included; its output is linear in them."""
     down = getattr(block.experts, "down_proj", None)
     if down is not None:
         biases = [getattr(block.experts, "down_proj_bias", None)]

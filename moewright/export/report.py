@@ -1,4 +1,4 @@
-"""What `moewright export` wrote, and its proof."""
+"""The report of `moewright export`: the folder written, and its proof."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from moewright.export.verify import Proof
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and the proof."""
+    """The folder written, and the proof."""
 
     target: Path
     format: str

@@ -34,7 +34,7 @@ NEW_TOKENS: Final = 16  # as in plain.py
 
 @dataclass(frozen=True)
 class Proof:
-    """What plain transformers makes of a folder, beside what we make of the model."""
+    """Comparison of a folder in plain transformers with our model."""
 
     loaded_as: str
     """The class, and the version of transformers."""
@@ -53,7 +53,7 @@ class Proof:
     longest_text: int = max(LENGTHS)
     """Tokens of the longest text whose logits were compared."""
     not_compared: tuple[str, ...] = ()
-    """What the texts were too short to show."""
+    """Properties that need longer texts."""
 
     @property
     def problems(self) -> list[str]:
@@ -81,16 +81,16 @@ class Proof:
 
 
 class Choice(NamedTuple):
-    """What tokens chose in one layer."""
+    """The tokens' choices in one layer."""
 
     values_TE: Tensor
-    """What the chosen experts are the largest of: logits, or scores with a bias and within groups."""
+    """Values by which experts are chosen, the largest first: logits, or scores with a bias and within groups."""
     experts_TK: Tensor
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What our model says of the cases."""
+    """Our model's outputs for the cases."""
 
     cases: dict[str, Tensor]
     logits: dict[str, Tensor]
@@ -102,7 +102,7 @@ class Reference:
     @classmethod
     def of(cls, model: PreTrainedModel, *, seed: int = 0) -> "Reference":
         """Ask a float32 model on random tokens."""
-        assert model.dtype == torch.float32, "what is rounded in between would differ for other reasons"
+        assert model.dtype == torch.float32, "roundings in between would differ for other reasons"
         long = LongText.of(model, short=max(LENGTHS))
         cases = _cases(model, long, seed=seed)
         logits, choices = {}, {}
@@ -233,7 +233,7 @@ def _choices(model: PreTrainedModel) -> Iterator[list[Choice]]:
 
 
 def _difference(found: Tensor, reference: Reference, name: str, *, end: int) -> float:
-    """Of real tokens before `end`: what a model says at a padded place is nobody's business."""
+    """Largest difference of logits before `end`, relative to the largest logit; output at padding is not compared."""
     mask, wanted = reference.cases[f"mask/{name}"].bool(), reference.logits[name]
     keep = reference.cases.get(f"keep/{name}", torch.arange(mask.shape[1]))
     real = mask[:, keep] & (keep < end)

@@ -1,4 +1,4 @@
-"""What the dims of a family's tensors count: what `moewright grow` must know to make them larger.
+"""The units of the dims of a family's tensors, which `moewright grow` needs to make them larger.
 
 A row of `table.py` refers to one of the records below.
 """
@@ -22,14 +22,14 @@ Axis = Literal[
     "feed_forward",
     "gate_up",
 ]
-"""What a dim counts. `head` is one for each head, `heads` and `kv_heads` are rows of heads, heads * head_dim in
+"""The unit of a dim. `head` is one for each head, `heads` and `kv_heads` are rows of heads, heads * head_dim in
 number; `qkv` is the rows of all queries, then all keys, then all values, `head_qkv` the three of one head after those
 of the other; `gate_up` is `feed_forward` twice."""
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What the dims of a tensor count, and the part that each plays."""
+    """The units of a tensor's dims, and their roles."""
 
     dims: tuple[Axis, ...]
     inputs: int | None = None

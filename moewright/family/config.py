@@ -1,4 +1,4 @@
-"""The config of a dense model: read from a config.json, written to one, and asked what the rest of us must know."""
+"""The config of a dense model: reading a config.json, writing one, and queries on it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,7 +89,7 @@ _SENSELESS: Final = (
 
 @contextmanager
 def config_errors(model_type: str) -> Iterator[None]:
-    """Turn what transformers raises for a config that makes no sense into `ModelError`."""
+    """Turn transformers' errors for an invalid config into `ModelError`."""
     try:
         yield
     except _SENSELESS as error:

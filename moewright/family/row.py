@@ -1,4 +1,4 @@
-"""What the table of families says of one: where its feed-forward blocks are, and what their parts are called."""
+"""A row of the table of families: the places of its feed-forward blocks, and the names of their parts."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What the projections of a feed-forward block are called: `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
+    """Names of the projections of a feed-forward block: `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
 
     up: str = "up_proj"
     down: str = "down_proj"
@@ -88,13 +88,13 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     config_tells_ties: bool = True
-    """Whether `tie_word_embeddings` can be believed; T5's class says true whatever a file says."""
+    """Whether `tie_word_embeddings` is reliable; T5's class makes it true whatever the file has."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Tensor names on disk by names in memory, where they differ."""
     norm_offset: float = 0.0
-    """What is added to a norm's weight before it is used."""
+    """Number added to a norm's weight before use."""
     growth: Growth | None = None
-    """What the dims of its tensors count, for `moewright grow`; None where it cannot grow."""
+    """The units of its tensors' dims, for `moewright grow`; None where it cannot grow."""
     dense: bool = True
     """False for a sparse architecture whose other layers no dense one has: its blocks are replaced, never cut up."""
 

@@ -29,7 +29,7 @@ def switch_loss(probabilities_TE: Tensor, counts_E: Tensor, mask_T: Tensor | Non
 
     `E * sum_e f_e * P_e`, with f_e the share of the assignments that expert e got and P_e its mean
     probability over the real tokens. 1 when the load is even, whatever K. Only P has a gradient. The counts
-    may be those of more tokens than are at hand: of the whole step's batch (arXiv 2501.11873).
+    may be those of more tokens than this batch: of the whole step's batch (arXiv 2501.11873).
     """
     share_E, mean_E = _shares(counts_E, probabilities_TE), masked_mean(probabilities_TE, mask_T)
     return probabilities_TE.shape[1] * (share_E * mean_E).sum()

@@ -1,4 +1,4 @@
-"""The record through which layers hear of the batch at hand: its padding, and the scale of its losses."""
+"""The record that gives layers the current batch's mask and loss scale."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Router: hidden states -> logits -> who goes to which expert, and with what weight.
+"""Router: hidden states -> logits -> the experts of each token, and their weights.
 
 Letters: T tokens, D model width, E experts, K experts a token, C tokens an expert.
 """
@@ -20,7 +20,7 @@ class Routing(NamedTuple):
 
     logits_TE: Tensor
     scores_TE: Tensor
-    """Softmax over all experts in either order, or sigmoid: the worth of a pair of token and expert."""
+    """Softmax over all experts in either order, or sigmoid: the score of each token-expert pair."""
     probabilities_TE: Tensor
     """The scores of a token, summing to 1: for the balance loss and the statistics."""
     experts_TK: Tensor

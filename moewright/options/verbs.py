@@ -87,7 +87,7 @@ class Upcycle(Conversion):
     allow_nonfinite: bool = False
     """Take weights that hold NaN or Inf as they are."""
     settings: UpcycleConfig
-    """Settings, which a run file's [upcycle] has, too."""
+    """Settings, as in [upcycle] of a run file."""
 
 
 def upcycle(options: Upcycle) -> Facts:
@@ -274,7 +274,7 @@ VERBS: Final[Sequence[Verb[Any]]] = (
         Perplexity,
         "the perplexity of text files, with its standard error",
     ),
-    Verb("demo", demo, Demo, "tell the whole story on a real 135M-parameter model, in about ten minutes"),
+    Verb("demo", demo, Demo, "run the full demonstration on a real 135M-parameter model, in about ten minutes"),
 )
 
 

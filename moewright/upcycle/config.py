@@ -86,7 +86,7 @@ class UpcycleConfig:
     """Whether gate, up and down lose the same neurons, as the paper says, or `separate` ones, as its code does."""
 
     router_start: RouterStart = "normal"
-    """What the router's rows are: `normal`, `zeros`, `orthogonal`, `centroids` of hidden states on the calibration
+    """The initial rows of the router: `normal`, `zeros`, `orthogonal`, `centroids` of hidden states on the calibration
     text, or the mean hidden states of `prompts`."""
 
     router_std: float | None = None
@@ -163,7 +163,7 @@ class UpcycleConfig:
             )
         if self.neurons == "important" and not self.split:
             yield (
-                "neurons=important without split: copies of parts of unequal importance are no virtual groups; "
+                "neurons=important without split: parts of unequal importance cannot form virtual groups; "
                 "set split, or use shuffled or clustered"
             )
         owners = 1 + len(self.siblings)
@@ -257,7 +257,7 @@ class UpcycleConfig:
         return bool(self.needs_text()) or self.neurons == "clustered" or self.resolved_scale() == "calibrated"
 
     def ignored(self) -> list[str]:
-        """Settings that come to no effect, in words."""
+        """Settings without effect, in words."""
         from_data, start = self.router_start in FROM_DATA, self.router_start
         settings = [
             ("redraw_sets", "redraw is 0", self.redraw_sets != "shared" and not self.redraw),

@@ -34,7 +34,7 @@ class DenseSource:
         self.backbone: PreTrainedConfig = self.model.config
         self.family: Family = family_of(self.backbone)
         self._granularity = granularity
-        self._block: dict[tuple[int, str], Tensor] = {}  # the tensors of the layer at hand
+        self._block: dict[tuple[int, str], Tensor] = {}  # the tensors of the current layer
         self._layer = -1
 
     def dtype(self) -> torch.dtype:

@@ -86,7 +86,7 @@ class _Observer:
         draws = generator(wanted.seed, layer=0, stream="tokens")
         self.sample = torch.randperm(self.tokens, generator=draws)[:SAMPLED_TOKENS].sort().values
         self.here = self.sample
-        """Places of the sampled tokens in the window at hand."""
+        """Positions of the sampled tokens in the current window."""
         self.totals = dict.fromkeys(wanted.routers, 0.0)
         self.inputs: dict[int, list[Tensor]] = {layer: [] for layer in layers if wanted.inputs}
         self.hidden: dict[int, list[Tensor]] = {layer: [] for layer in layers if wanted.hidden}

@@ -50,7 +50,7 @@ DEGREES: Final = {"linear": 1, "relu": 1, "leaky_relu": 1, "relu2": 2}
 
 
 def degree_of(moe: MoEConfig) -> int:
-    """By which power of a factor of `up` an expert's output grows; 0: no power, so `up` must stay as it is."""
+    """Degree in `up` of an expert's output; 0 where it is not homogeneous, so `up` must stay as it is."""
     return 1 if moe.gated else DEGREES.get(moe.activation, 0)
 
 

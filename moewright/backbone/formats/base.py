@@ -1,4 +1,4 @@
-"""What a format is: names of tensors and fields of config.json for a model in memory, read and written by one rule.
+"""The interface of a format: tensor names and config.json fields of a model in memory, read and written by one rule.
 
 A `Format` may be a dense family of transformers (`dense.py`), our own type (`own.py`), or a twin: a sparse architecture
 of transformers that computes what our backbone with MoELayers computes, so its folders load without moewright.
@@ -53,7 +53,7 @@ class Format(ABC):
 
     @abstractmethod
     def refuses(self, config: PreTrainedConfig, layers: Layers) -> str | None:
-        """Why it cannot hold such a model; None when it can."""
+        """Why it cannot represent this model; None if it can."""
 
     @abstractmethod
     def config_fields(self, config: PreTrainedConfig, layers: Layers, *, dtype: torch.dtype) -> dict[str, Any]:
@@ -108,11 +108,11 @@ class Format(ABC):
         return False
 
     def unread(self, name: str, fields: Mapping[str, Any], config: PreTrainedConfig) -> bool:
-        """Whether a folder may have a tensor of this name that is no part of the model as we read it."""
+        """Whether a folder may have a tensor of this name that the reader ignores."""
         return False
 
     def remembered(self, moe: MoEConfig) -> dict[str, Any]:
-        """What moewright.json must say of the layers for `read` to give them back."""
+        """Facts about the layers that `read` needs from moewright.json to restore them."""
         return {}
 
     # -- for all --
@@ -122,7 +122,7 @@ class Format(ABC):
         return self.config_fields(model.config, moe_configs(model), dtype=stored_dtype(model))
 
     def record(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What `moewright.json` must say for `load_model` to give this model back."""
+        """Facts that `load_model` needs from `moewright.json` to restore this model."""
         layers = moe_configs(model)
         return {
             "backbone": model.config.model_type,
@@ -143,7 +143,7 @@ _ALWAYS_HELD: Final = frozenset({"hidden_size", "activation", "gated", "expert_b
 class Twin(Format):
     """A sparse architecture of transformers: names on disk, fields in config.json, and what it can represent.
 
-    What a format can hold follows from its rows; subclasses add what no row says.
+    The models that a format can hold follow from its rows; subclasses add conditions that no row expresses.
     """
 
     architecture: str
@@ -159,7 +159,7 @@ class Twin(Format):
     unties: bool = True
     """Whether a tied output embedding is written out, as some runtimes demand."""
     rows: tuple[Row, ...]
-    """What config.json says of a layer."""
+    """The settings of a layer in config.json."""
     sparse: SparseLayers
     """Which layers are sparse."""
     gated: bool = True
@@ -171,7 +171,7 @@ class Twin(Format):
     # -- a subclass may add --
 
     def refuses_more(self, config: PreTrainedConfig, layers: Layers) -> str | None:
-        """Why this twin cannot hold such a model, beyond what its rows say."""
+        """Why this twin cannot represent this model, beyond its rows."""
         return None
 
     def more_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
@@ -254,7 +254,7 @@ class Twin(Format):
                 **settings,
             )
         except UsageError as error:
-            raise ModelError(f"config.json of type {self.name}: its sparse layers cannot be: {error}") from error
+            raise ModelError(f"config.json of type {self.name}: invalid sparse layers: {error}") from error
         layers = dict.fromkeys(sparse, moe)
         if reason := self.refuses(config, layers):
             raise ModelError(

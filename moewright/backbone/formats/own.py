@@ -86,14 +86,14 @@ def settings_from(values: Mapping[str, Any]) -> MoEConfig:
         default = known[name].default
         kind = int if default is MISSING else str if default is None else type(default)
         if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ModelError(f"config.json: {name}={value!r} of a sparse layer, where a {kind.__name__} is expected")
+            raise ModelError(f"config.json: {name}={value!r} of a sparse layer, where type {kind.__name__} is expected")
     if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:
         raise ModelError(f"config.json: a sparse layer lacks {', '.join(missing)}")
     try:
         # Where the layer is, and so whether experts may choose there, is for `graft` to say.
         return MoEConfig(causal=values.get("choice") != "expert", **values)
     except UsageError as error:
-        raise ModelError(f"config.json: a sparse layer that makes no sense: {error}") from error
+        raise ModelError(f"config.json: invalid settings of a sparse layer: {error}") from error
 
 
 OWN_TYPE: Final = OwnType(

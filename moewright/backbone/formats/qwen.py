@@ -184,7 +184,7 @@ class SharedExpert(Count):
 
     def refuses(self, moe: MoEConfig) -> str | None:
         residual = moe.shared_size and moe.shared_mode == "residual"
-        return "its shared expert has a gate of its own, not one of two" if residual else None
+        return "its shared expert has a sigmoid gate, not a softmax of two" if residual else None
 
 
 def _llama_cpp_qwen2(config: PreTrainedConfig, moe: MoEConfig) -> Verdict:

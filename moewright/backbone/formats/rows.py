@@ -1,4 +1,4 @@
-"""What a format says in config.json: one row for each thing it says, read in both directions.
+"""The contents of a format's config.json: one row for each setting, read in both directions.
 
 A row ties a field of config.json to a setting of the layers (`MoEConfig`): it writes the field, reads the setting from
 it, and refuses a layer that has no place there. All layers of a format have the same settings.
@@ -52,7 +52,7 @@ class Fields:
 
 
 class Row:
-    """One thing that a format says. Missing fields mean what the format's class in transformers takes for them."""
+    """One setting in a format's config.json. A missing field has the default of the format's class in transformers."""
 
     setting: str
     """The field of a layer's config that most kinds of rows speak of."""
@@ -71,7 +71,7 @@ class Row:
         return {}
 
     def refuses(self, moe: MoEConfig) -> str | None:
-        """Why the format has no place for such a layer."""
+        """Why the format cannot represent this layer."""
         return None
 
 
@@ -135,7 +135,7 @@ class Only(Row):
     setting: str
     value: Any
     refusal: str
-    """Why a layer with another value has no place."""
+    """Why a layer with another value cannot be represented."""
 
     def read(self, fields: Fields, record: Fields) -> dict[str, Any]:
         return {self.setting: self.value}
@@ -235,7 +235,8 @@ class LastLayers(SparseLayers):
     def read_layers(self, fields: Fields, config: PreTrainedConfig) -> list[int]:
         dense = fields.values.get(self.field, self.default)
         if type(dense) is not int or dense < 0:
-            raise ModelError(f"config.json of type {fields.model_type}: {self.field}={dense!r} is no number")
+            where = f"config.json of type {fields.model_type}"
+            raise ModelError(f"{where}: {self.field}={dense!r} must be a whole number, 0 or more")
         return list(range(dense, config.num_hidden_layers))
 
     def refuses_layers(self, config: PreTrainedConfig, layers: Layers) -> str | None:
@@ -265,7 +266,8 @@ class EveryNth(SparseLayers):
         steps = {name: fields.values.get(f"{name}_sparse_step", 4) for name in ("encoder", "decoder")}
         for name, step in steps.items():
             if type(step) is not int or step < 0:
-                raise ModelError(f"config.json of type {fields.model_type}: {name}_sparse_step={step!r} is no number")
+                where = f"config.json of type {fields.model_type}"
+                raise ModelError(f"{where}: {name}_sparse_step={step!r} must be a whole number, 0 or more")
         return steps
 
     def read_layers(self, fields: Fields, config: PreTrainedConfig) -> list[int]:

@@ -20,8 +20,8 @@ NO_RUNTIME: Final = dict.fromkeys((VLLM, SGLANG, LLAMA_CPP), never("it has no su
 
 
 class Switch(Twin):
-    """Its decoder's output is scaled where `tie_word_embeddings` is true, T5's where it was in the config file: where
-    T5 says `scale_decoder_outputs`."""
+    """Its decoder's output is scaled where `tie_word_embeddings` is true, T5's where
+    `scale_decoder_outputs` is true."""
 
     def more_fields(self, config: PreTrainedConfig, layers: Layers) -> dict[str, Any]:
         activation = family_of(config).activation_of(config)

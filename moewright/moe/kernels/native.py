@@ -57,7 +57,7 @@ def _has_products_of(dtype: torch.dtype) -> bool:
 
 
 def _multiple(dtype: torch.dtype) -> int:
-    """What the number of an expert's rows is padded to a multiple of: `plan_of` in native.cpp says why."""
+    """The multiple to which an expert's rows are padded: `plan_of` in native.cpp says why."""
     return 16 if _compute_dtype(dtype).itemsize < 4 else 1
 
 
