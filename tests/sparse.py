@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import moe_layers
@@ -87,3 +88,32 @@ def model_of(kind: str) -> PreTrainedModel:
     """A tiny model of one of these kinds."""
     model_type, layers, changes = KINDS[kind]
     return grafted(model_type, {n: moe_of(model_type, **settings) for n, settings in layers.items()}, **changes)
+
+
+def slow_sigmoid_block(self: Any, hidden_states: Tensor) -> Tensor:
+    """A sparse block of GLM-4.5 or DeepSeek-V3, token by token in float64 (arXiv 2412.19437, section 2.1.2)."""
+    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).double()
+    gate, config = self.gate, self.config
+    members = config.n_routed_experts // config.n_group
+
+    def feed_forward(x_D: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        z_F = gate_FD.double() @ x_D
+        return down_DF.double() @ (z_F / (1 + (-z_F).exp()) * (up_FD.double() @ x_D))
+
+    rows = []
+    for x_D in x_TD:
+        scores = [1 / (1 + torch.exp(-w_D.double() @ x_D)) for w_D in gate.weight]
+        values = [float(s + b) for s, b in zip(scores, gate.e_score_correction_bias, strict=True)]
+        groups = [sum(sorted(values[g * members : (g + 1) * members])[-2:]) for g in range(config.n_group)]
+        allowed = sorted(range(config.n_group), key=lambda g: -groups[g])[: config.topk_group]
+        experts = sorted((e for e in range(len(values)) if e // members in allowed), key=lambda e: -values[e])
+        chosen = experts[: config.num_experts_per_tok]
+        total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
+        shared = self.shared_experts
+        y_D = feed_forward(x_D, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+        for e in chosen:
+            gate_FD, up_FD = self.experts.gate_up_proj[e].chunk(2)
+            weight = config.routed_scaling_factor * scores[e] / total
+            y_D = y_D + weight * feed_forward(x_D, gate_FD, up_FD, self.experts.down_proj[e])
+        rows.append(y_D)
+    return torch.stack(rows).view(hidden_states.shape).to(hidden_states.dtype)

@@ -410,7 +410,8 @@ class Watched:
 
 
 @pytest.mark.parametrize("kind", ["mixtral, tied", "qwen2_moe, doubled", "granitemoe", "gpt_oss", "moewright"])
-def test_two_processes_read_their_parts_and_nothing_else(tmp_path, kind):
+def test_each_of_two_simulated_ranks_reads_its_part_and_nothing_else(tmp_path, kind):
+    """Both in this process, one after the other: what is read depends on `part_of` alone."""
     folder = ModelFolder(save_model(model_of(kind), tmp_path / "out"))
     whole = load_model(folder.path)
     names = {name for name, _ in whole.named_parameters()}

@@ -294,8 +294,9 @@ def test_layers_of_unequal_numbers_of_experts_share_one_reduction(monkeypatch):
 
 def test_a_model_without_moe_layers_has_nothing_to_do():
     step = RoutingStep({}, group=object())
-    step.begin_micro_batch({"decoder": 1.0})
-    step.after_backward()
+    step.after_backward()  # in any order: nothing could be lost
+    for shares in ({"decoder": 1.0}, {}):
+        step.begin_micro_batch(shares)
     assert step.end_step() == []
 
 
@@ -307,6 +308,19 @@ def test_calls_out_of_order_are_refused():
     step.after_backward()
     with pytest.raises(UsageError, match="call begin_micro_batch before each forward pass"):
         step.after_backward()
+
+
+@pytest.mark.parametrize("call", ["begin_micro_batch", "end_step"])
+def test_a_micro_batch_that_is_not_counted_is_refused(call):
+    layer = layer_of({})
+    step = step_of(layer)
+    step.begin_micro_batch({"decoder": 1.0})
+    layer(tokens(5, 1)).sum().backward()
+    with pytest.raises(UsageError, match="after_backward"):
+        step.end_step() if call == "end_step" else step.begin_micro_batch({"decoder": 1.0})
+    step.after_backward()  # the refusal loses nothing
+    (routing,) = step.end_step()
+    assert routing.tokens_per_expert.sum() == 5 * 2
 
 
 SIZES = (((11, 4), (3,)), ((5,), (8, 8, 1)), ((2, 0), (7, 9)))

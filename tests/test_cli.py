@@ -363,7 +363,7 @@ def test_a_warning_is_one_line(library: Library, capsys: pytest.CaptureFixture[s
     ("line", "message"),
     [
         ("upcycle a b --experts 4 --top-k 9", "--top-k 9 > --experts 4: a token cannot choose more experts than there"),
-        ("grow a b", "nothing grows: give at least one of --hidden-size, --intermediate-size, layers"),
+        ("grow a b", "nothing grows: give at least one of --hidden-size, --intermediate-size, --layers"),
         ("distil a b c --text t --tolerance 2", "--tolerance 2.0: it is a share of the dense output's variance, above"),
     ],
 )

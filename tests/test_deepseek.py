@@ -14,8 +14,7 @@ from moewright.backbone.save import save_model
 from moewright.cli import main
 from moewright.errors import ModelError
 from tests.models import logits_of, plain_transformers, relative, tiny_config, tiny_model
-from tests.sparse import grafted, moe_of, same_state
-from tests.test_glm_twin import slow_block
+from tests.sparse import grafted, moe_of, same_state, slow_sigmoid_block
 
 INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(3))
 
@@ -56,7 +55,9 @@ def test_folders_of_others_are_read_computed_and_written_back(tmp_path, monkeypa
     stored, source = (load_file(path / "model.safetensors") for path in (again, tmp_path / "theirs"))
     assert all(torch.equal(stored[name], tensor) for name, tensor in source.items())
     same_state(load_model(again), ours)
-    monkeypatch.setattr("transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE.forward", slow_block)
+    monkeypatch.setattr(
+        "transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3MoE.forward", slow_sigmoid_block
+    )
     assert relative(logits_of(ours, INPUT), logits_of(theirs, INPUT)) < 2e-6, "token by token"
 
 

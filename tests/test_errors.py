@@ -16,6 +16,10 @@ from moewright.errors import ModelError, UsageError, settings_written
         ("with top_k of experts, leave top_k out.", "with --top-k of experts, leave --top-k out."),
         ("set `experts`, or `top_k=2`, but not `seed`", "set --experts, or `--top-k 2`, but not `seed`"),
         ("top_k-softmax and the_top_k are others", "top_k-softmax and the_top_k are others"),
+        ("runs/top_k=4/model lacks top_k=4", "runs/top_k=4/model lacks --top-k 4"),
+        ("/data/top_k/a.txt is empty", "/data/top_k/a.txt is empty"),
+        ("`/data/top_k/a.txt` is empty: set `top_k`", "`/data/top_k/a.txt` is empty: set --top-k"),
+        ("top_k/model and model/top_k are folders", "top_k/model and model/top_k are folders"),
     ],
 )
 def test_settings_are_named_as_they_were_written(message, expected):

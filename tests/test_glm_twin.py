@@ -18,7 +18,7 @@ from moewright.errors import ModelError
 from moewright.export import folder as export
 from moewright.export.folder import export_folder
 from tests.models import logits_of, plain_transformers, relative, tiny_config, tiny_model
-from tests.sparse import grafted, moe_of, same_state
+from tests.sparse import grafted, moe_of, same_state, slow_sigmoid_block
 
 INPUT = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(2))
 GROUPS = {"num_experts": 8, "num_groups": 4, "top_groups": 2, "group_score": "top2"}
@@ -112,35 +112,6 @@ def test_rotary_settings_come_along(tmp_path, rope):
         assert relative(logits_of(again, INPUT), logits_of(model, INPUT)) < 1e-6
 
 
-def slow_block(self, hidden_states):
-    """A sparse block of GLM-4.5, token by token in float64 (arXiv 2412.19437, section 2.1.2, with its groups)."""
-    x_TD = hidden_states.reshape(-1, hidden_states.shape[-1]).double()
-    gate, config = self.gate, self.config
-    members = config.n_routed_experts // config.n_group
-
-    def feed_forward(x_D, gate_FD, up_FD, down_DF):
-        z_F = gate_FD.double() @ x_D
-        return down_DF.double() @ (z_F / (1 + (-z_F).exp()) * (up_FD.double() @ x_D))
-
-    rows = []
-    for x_D in x_TD:
-        scores = [1 / (1 + torch.exp(-w_D.double() @ x_D)) for w_D in gate.weight]
-        values = [float(s + b) for s, b in zip(scores, gate.e_score_correction_bias, strict=True)]
-        groups = [sum(sorted(values[g * members : (g + 1) * members])[-2:]) for g in range(config.n_group)]
-        allowed = sorted(range(config.n_group), key=lambda g: -groups[g])[: config.topk_group]
-        experts = sorted((e for e in range(len(values)) if e // members in allowed), key=lambda e: -values[e])
-        chosen = experts[: config.num_experts_per_tok]
-        total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
-        shared = self.shared_experts
-        y_D = feed_forward(x_D, shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-        for e in chosen:
-            gate_FD, up_FD = self.experts.gate_up_proj[e].chunk(2)
-            weight = config.routed_scaling_factor * scores[e] / total
-            y_D = y_D + weight * feed_forward(x_D, gate_FD, up_FD, self.experts.down_proj[e])
-        rows.append(y_D)
-    return torch.stack(rows).view(hidden_states.shape).to(hidden_states.dtype)
-
-
 READ = [
     {},
     {"partial_rotary_factor": 0.5, "first_k_dense_replace": 0},
@@ -163,7 +134,7 @@ def test_folders_of_others_are_read_and_written_back(tmp_path, monkeypatch, chan
     same_state(load_model(again), ours)
     own = save_model(ours, tmp_path / "own", format="moewright")
     same_state(load_model(own), ours)
-    monkeypatch.setattr("transformers.models.glm4_moe.modeling_glm4_moe.Glm4MoeMoE.forward", slow_block)
+    monkeypatch.setattr("transformers.models.glm4_moe.modeling_glm4_moe.Glm4MoeMoE.forward", slow_sigmoid_block)
     assert relative(logits_of(ours, INPUT), logits_of(theirs, INPUT)) < 2e-6
 
 

@@ -483,14 +483,14 @@ def test_native_kernel_computes_only_gradients_that_are_asked_for():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_native_operators_keep_the_rules_of_torch(dtype):
-    from moewright.moe.kernels.native import _forward
-
     x = torch.randn(D, 5).to(dtype).t().requires_grad_()  # not contiguous
     first, down = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((2, 2 * F, D), (2, D, F)))
     sorted_ = sort_by_expert(torch.tensor([[0], [1], [1], [0], [1]]), num_experts=2)
     routes = (torch.rand(5, requires_grad=True), sorted_.token_N, sorted_.order_N, sorted_.ends_E)
     arguments = (x, *routes, first, down, None, None, "silu", True, True)
-    torch.library.opcheck(_forward, arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.moewright.experts_forward.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_native_kernel_wants_one_dtype():

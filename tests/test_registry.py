@@ -171,7 +171,8 @@ def test_an_unknown_activation_and_a_gate_of_its_own_are_refused() -> None:
 def test_the_activation_of_a_block_is_recognised(name: str) -> None:
     module = experts_of()
     module.act_fn = ACT2FN[name]
-    x = torch.linspace(-12, 12, 101)
-    torch.testing.assert_close(
-        ACTIVATIONS[experts_registry._activation_name(module)](x), module.act_fn(x), rtol=1e-5, atol=1e-6
-    )
+    x_TD = 3 * torch.randn(5, 8)
+    hidden_TH = x_TD @ module.gate_up_proj[1].T
+    expected_TD = (module.act_fn(hidden_TH[:, :4]) * hidden_TH[:, 4:]) @ module.down_proj[1].T
+    y_TD = module(x_TD, torch.ones(5, 1, dtype=torch.long), torch.ones(5, 1))
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-5)

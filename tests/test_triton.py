@@ -21,6 +21,8 @@ from moewright.moe.kernels.triton import SAME, _experts, _experts_backward, requ
 
 pytest.importorskip("triton", reason="kernel 'triton' is tested where Triton is installed")
 
+from triton.runtime.errors import OutOfResources
+
 from moewright.moe.kernels import triton_launch
 
 # numpy, on which the interpreter runs, warns where a GPU takes exp(100) for infinite and 1 / infinite for zero.
@@ -282,20 +284,38 @@ def test_many_experts() -> None:
     )
 
 
-def test_sizes_that_the_device_cannot_hold_are_passed_over() -> None:
-    from triton.runtime.errors import OutOfResources
+class OfLimitedMemory:
+    """A kernel on a device that has the memory for tiles of so many rows."""
 
-    tried = []
+    def __init__(self, kernel: Any, *, rows: int) -> None:
+        self.kernel, self.rows, self.tried = kernel, rows, []  # type: ignore[var-annotated]
 
-    def launch(tiles: triton_launch.Tiles) -> None:
-        tried.append(tiles)
-        if tiles != triton_launch.WIDE[1]:
-            raise OutOfResources(2, 1, "shared memory")
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.tried.append(constants["ROWS"])
+            if constants["ROWS"] > self.rows:
+                raise OutOfResources(2, 1, "shared memory")
+            self.kernel[grid](*arguments, **constants)
 
-    triton_launch._first_that_fits(launch, triton_launch.WIDE)
-    assert tried == list(triton_launch.WIDE[:2])
-    with pytest.raises(OutOfResources):
-        triton_launch._first_that_fits(launch, triton_launch.WIDE[2:])
+        return launch
+
+
+def test_sizes_that_the_device_cannot_hold_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [triton_launch.Tiles(rows, 32, 32, 4, 1) for rows in (64, 32, 16)]
+    monkeypatch.setattr(triton_launch, "candidates", lambda *_, **__: sizes)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)  # a GPU measures nothing, then
+    problem = Problem(7, 2, 3, 16, 16)
+    for rows, tried in ((32, [64, 32]), (16, [64, 32, 16]), (8, [64, 32, 16])):
+        with monkeypatch.context() as limited:
+            kernel = OfLimitedMemory(triton_launch.code.first_product, rows=rows)
+            limited.setattr(triton_launch.code, "first_product", kernel)
+            if rows < 16:
+                with pytest.raises(OutOfResources):
+                    problem.run(problem.leaves())
+            else:
+                y_TD = problem.run(problem.leaves()).double().cpu()
+                torch.testing.assert_close(y_TD, problem.expected()[0], rtol=0, atol=1e-5)
+        assert kernel.tried == tried
 
 
 def test_what_it_cannot_do_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
