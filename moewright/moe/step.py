@@ -47,8 +47,7 @@ class RoutingStep:
     ) -> None:
         self._stacks, self._group = dict(stacks), group
         self._layers = [layer for _, layers in stacks.values() for layer in layers]
-        self._shares: dict[str, float] | None = None
-        """Those of the micro-batch that was begun and is not counted yet."""
+        self._shares: dict[str, float] = {}  # of the micro-batch that was begun and is not counted yet
 
     def begin_micro_batch(self, shares: Mapping[str, float], *, factor: float = 1.0) -> None:
         """Before a forward pass: set the scale of the layers' losses.
@@ -70,15 +69,15 @@ class RoutingStep:
     @torch.no_grad()
     def after_backward(self) -> None:
         """Count the micro-batch for the step."""
-        if self._shares is None:
+        if self._stacks and not self._shares:
             raise UsageError("after_backward: call begin_micro_batch before each forward pass")
         for name, (_, layers) in self._stacks.items():
             for layer in layers:
                 layer.stats.count(self._shares[name])
-        self._shares = None
+        self._shares = {}
 
     def _require_counted(self) -> None:
-        if self._shares is not None:
+        if self._shares:
             raise UsageError("a micro-batch was begun and not counted: call after_backward after its backward pass")
 
     @torch.no_grad()
