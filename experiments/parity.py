@@ -44,6 +44,8 @@ PAGE = HERE.parent / "docs" / "parallelism.md"
 CLASSES = ("router", "experts", "shared", "attention", "norms", "embeddings")
 D, E, V, S = 32, 8, 64, 12
 CLIP, STEPS = 0.05, 2
+EPS = 1e-3
+"""AdamW's: with 1e-8 it moves a weight by the whole rate even where its gradient is nothing but rounding, either way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,8 @@ def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: 
 def steps_of(model: PreTrainedModel, batches: list[tuple[list[Part], int]], parallel: Parallel) -> Iterator[Any]:
     """Of each step the gradients, whole, and those after clipping, with loss and norm before it."""
     optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95))
+    for group in optimizer.param_groups:
+        group["eps"] = EPS
     for parts, targets in batches:
         loss = backward(model, parts, targets, parallel)
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
