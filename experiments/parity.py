@@ -45,7 +45,7 @@ CLASSES = ("router", "experts", "shared", "attention", "norms", "embeddings")
 D, E, V, S = 32, 8, 64, 12
 CLIP, STEPS = 0.05, 2
 EPS = 1e-3
-"""AdamW's: with 1e-8 it moves a weight by the whole rate even where its gradient is nothing but rounding, either way."""
+"""AdamW's: with 1e-8 a weight whose gradient is nothing but rounding moves by the whole rate, this way or that."""
 
 
 @dataclass(frozen=True, kw_only=True)
