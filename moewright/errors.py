@@ -63,11 +63,11 @@ def settings_written(names: Iterable[str], *, write: Callable[[str], str]) -> It
 
     Every message of ours writes a setting as `name=value`, or mentions it as `name`, with the backticks or with an
     underscore in it; any other word is an English word. Where the settings `names` came from flags or from a run file,
-    `write(name)` is what stands for `name=` there: `--top-k ` or `upcycle.top_k = `. Of errors only `UsageError`
-    speaks of settings; what others name stands in files.
+    `write(name)` is what stands for `name=` there: `--top-k ` or `upcycle.top_k = `. A part of a path is no setting. Of
+    errors only `UsageError` speaks of settings; other errors name fields of files.
     """
     longest_first = sorted(map(re.escape, names), key=len, reverse=True)
-    pattern = re.compile(rf"(?<![\w.-])(`?)({'|'.join(longest_first)})(?:(=)|\1(?![\w-]))")
+    pattern = re.compile(rf"(?<![\w./\\-])(`?)({'|'.join(longest_first)})(?:(=)|\1(?![\w/\\-]|\.\w))")
 
     def written(mention: re.Match[str]) -> str:
         tick, name, equals = mention.groups()

@@ -59,7 +59,7 @@ class GrowConfig:
             if value is not None and value < 1:
                 raise UsageError(f"{name}={value}: it must be at least 1")
         if all(getattr(self, name) is None for name in sizes):
-            raise UsageError(f"nothing grows: give at least one of {', '.join(sizes)}")
+            raise UsageError(f"nothing grows: give at least one of {', '.join(f'`{name}`' for name in sizes)}")
         if self.width not in WIDTHS:
             raise UsageError(f"width={self.width!r}: choose one of {', '.join(WIDTHS)}")
         if self.depth not in DEPTHS:
@@ -109,6 +109,6 @@ def grown_sizes(config: GrowConfig, source: Sizes) -> Sizes:
     )
     if grown == source:
         raise UsageError(
-            "nothing grows: every size is the source's; give a larger hidden_size, intermediate_size or layers"
+            "nothing grows: every size is the source's; give a larger `hidden_size`, `intermediate_size` or `layers`"
         )
     return grown

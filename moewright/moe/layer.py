@@ -36,7 +36,8 @@ class MoELayer(nn.Module):
     balance_coefficient: Tensor
     """0-dim float32: what the balance loss is multiplied with, in place of `balance_loss`, if there is adaptation."""
     previous_counts: Tensor
-    """(E,) float32, assignments to each expert in the step before, over all ranks: for the global balance loss."""
+    """(E,) float32, assignments to each expert in the step before over all ranks, 0 with one: for the global balance
+    loss."""
 
     def __init__(
         self,
@@ -56,9 +57,15 @@ class MoELayer(nn.Module):
         self.configure(config)
 
     def configure(self, config: MoEConfig) -> None:
-        """Go on under another config, which asks for the same parameters."""
-        self.config = config
-        device = self.stats.step_counts.device
+        """Replace the config by one that asks for the same parameters; under other balance settings the balance begins
+        anew."""
+        before, self.config = self.__dict__.get("config"), config
+        names = ("balance_loss", "balance_adaptation", "max_balance_loss", "balance_scope")
+        if before is None or any(getattr(before, name) != getattr(config, name) for name in names):
+            self._begin_balance()
+
+    def _begin_balance(self) -> None:
+        config, device = self.config, self.stats.step_counts.device
         coefficient = torch.full((), config.balance_loss, dtype=torch.float32, device=device)
         self.register_buffer("balance_coefficient", coefficient, persistent=config.balance_adaptation > 0)
         counts_E = torch.zeros(config.num_experts, dtype=torch.float32, device=device)
@@ -70,7 +77,7 @@ class MoELayer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before["previous_counts"].is_meta and not self.previous_counts.is_meta:
             self.stats.begin_step()
-            self.configure(self.config)
+            self._begin_balance()
         else:
             keep_dtypes(self, before)
         return self

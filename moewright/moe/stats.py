@@ -4,10 +4,14 @@ Letters: T tokens, E experts. A forward pass overwrites the numbers of the one b
 recomputation under gradient checkpointing counts no token twice: a step adds them up after the backward pass.
 """
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
 from moewright.moe.balance import masked_mean
+from moewright.moe.precision import keep_dtypes
 
 
 class RoutingStats(nn.Module):
@@ -59,6 +63,13 @@ class RoutingStats(nn.Module):
         self.balance_loss.copy_(balance_loss)
         self.z_loss.copy_(z_loss)
         self.entropy.copy_(masked_mean(torch.special.entr(probabilities_TE).sum(dim=-1), mask_T))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts; the sums of a step stay float32."""
+        before = {"step_means": self.step_means}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        keep_dtypes(self, before)
+        return self
 
     def count(self, share: float) -> None:
         """Add the last forward pass, which read `share` of the step's real tokens, to the step."""

@@ -47,7 +47,8 @@ class RoutingStep:
     ) -> None:
         self._stacks, self._group = dict(stacks), group
         self._layers = [layer for _, layers in stacks.values() for layer in layers]
-        self._shares: dict[str, float] = {}
+        self._shares: dict[str, float] | None = None
+        """Those of the micro-batch that was begun and is not counted yet."""
 
     def begin_micro_batch(self, shares: Mapping[str, float], *, factor: float = 1.0) -> None:
         """Before a forward pass: set the scale of the layers' losses.
@@ -56,6 +57,7 @@ class RoutingStep:
         stacks without MoE layers it is not read. `factor` is any other factor of the model's own loss: the number
         of ranks where gradients are averaged over them, a gradient scaler's.
         """
+        self._require_counted()
         if missing := sorted(self._stacks.keys() - shares.keys()):
             raise UsageError(
                 f"shares={dict(shares)} lacks {', '.join(missing)}: give one for each stack with MoE layers"
@@ -63,43 +65,49 @@ class RoutingStep:
         self._shares = {name: float(shares[name]) for name in self._stacks}
         for name, (context, layers) in self._stacks.items():
             device = layers[0].router.weight.device if layers else None
-            context.loss_scale = torch.tensor(self._shares[name] * factor, device=device)
+            context.loss_scale = torch.full((), self._shares[name] * factor, device=device)
 
     @torch.no_grad()
     def after_backward(self) -> None:
         """Count the micro-batch for the step."""
-        if self._shares.keys() != self._stacks.keys():
+        if self._shares is None:
             raise UsageError("after_backward: call begin_micro_batch before each forward pass")
         for name, (_, layers) in self._stacks.items():
             for layer in layers:
                 layer.stats.count(self._shares[name])
-        self._shares = {}
+        self._shares = None
+
+    def _require_counted(self) -> None:
+        if self._shares is not None:
+            raise UsageError("a micro-batch was begun and not counted: call after_backward after its backward pass")
 
     @torch.no_grad()
     def end_step(self) -> list[LayerRouting]:
         """Return the counts of the step, layer by layer in the order of the stacks, and begin anew.
 
         Selection biases and adaptive coefficients move, and a balance loss of global scope goes on from these counts.
-        With a group all its ranks must call it.
+        With a group all its ranks must call it. Raises UsageError after a micro-batch that was not counted.
         """
+        self._require_counted()
         if not self._layers:
             return []
         local = [part for layer in self._layers for part in (layer.stats.step_counts, layer.stats.step_means)]
         # float64 holds counts up to 2^53 and every float32 exactly, so that one reduction takes both.
-        total = torch.cat([part.double() for part in local])
+        total = torch.cat([part.double().to(local[0].device) for part in local])  # layers may be on several devices
         if self._group is not None:
             all_reduce(total, group=self._group)
         parts = total.split([len(part) for part in local])
         routing = []
         for layer, counts, means in zip(self._layers, parts[::2], parts[1::2], strict=True):
+            counts, means = (part.to(layer.stats.step_counts.device) for part in (counts, means))
             routing.append(LayerRouting(counts[:-1].long(), counts[-1].long(), *means.float()))
-            _move(layer, routing[-1])
+            _move(layer, routing[-1], of_all_ranks=self._group is not None)
             layer.stats.begin_step()
         return routing
 
 
-def _move(layer: MoELayer, step: LayerRouting) -> None:
-    """Move all of a layer that moves outside the gradient."""
+def _move(layer: MoELayer, step: LayerRouting, *, of_all_ranks: bool) -> None:
+    """Update the state of a layer that has no gradient."""
     config, counts_E = layer.config, step.tokens_per_expert
     if config.bias_update_rate:
         assert layer.router.bias is not None, "MoEConfig asks for a bias where it is moved"
@@ -109,4 +117,5 @@ def _move(layer: MoELayer, step: LayerRouting) -> None:
         rate, most = config.balance_adaptation, config.max_balance_loss
         layer.balance_coefficient.copy_(moved_coefficient(layer.balance_coefficient, share, rate=rate, most=most))
     if config.balance_scope == "global":
-        layer.previous_counts.copy_(counts_E)
+        # One process counts all of a step itself, and needs nothing of the step before.
+        layer.previous_counts.copy_(counts_E if of_all_ranks else torch.zeros_like(counts_E))

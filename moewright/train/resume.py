@@ -156,6 +156,8 @@ def _fill(model: nn.Module, state: SavedState) -> None:
     """Copy the tensors `model.*` of a state into the model, one at a time."""
     targets = model_tensors(model)
     saved = {name.removeprefix("model."): name for name in state.tensors if name.startswith("model.")}
+    # States of the first version lack these counts, which begin with zeros.
+    targets = {n: t for n, t in targets.items() if n in saved or not n.endswith(".previous_counts")}
     if different := sorted(targets.keys() ^ saved.keys()):
         raise CheckpointError(
             f"{state.path} holds another model: it differs in {len(different)} tensors, as {different[0]}"

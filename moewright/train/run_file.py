@@ -51,7 +51,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UsageError(f"{path}: cannot be read ({error.strerror}): name a run file in TOML") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}: a run file is TOML") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also of a number with thousands of digits
         raise UsageError(f"{path}: not TOML: {error}") from error
     flags = read_flags(overrides)
     sizes = [("train", "batch_size"), ("train", "batch_tokens")]
@@ -69,6 +69,8 @@ def read_flags(arguments: Sequence[str]) -> dict[Place, str]:
     flags: dict[Place, str] = {}
     rest = list(arguments)
     while rest:
+        if any("\ud800" <= letter <= "\udfff" for letter in rest[0]):  # how Python holds bytes that are no text
+            raise UsageError(f"argument {rest[0]!r}: it is not UTF-8; rename the file, or use a pattern such as *.txt")
         option, *value = rest.pop(0).split("=", 1)
         if not option.startswith("--") or option == "--":
             raise UsageError(f"unexpected argument {option!r}: overrides are written --section.key value")
@@ -95,13 +97,13 @@ def build(
         # A key that is missing may be the unknown one, misspelt.
         problem = min(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
     place = tuple(name for name in problem["loc"] if isinstance(name, str))  # the rest are numbers in lists
-    if "error" not in (context := problem.get("ctx", {})):
+    if not isinstance(refused := problem.get("ctx", {}).get("error"), Exception):
         raise UsageError(_refusal(problem, place, kind=kind, merged=merged, flags=flags, source=source))
     # A dataclass refused it itself: it names its own fields alone, or settings of several tables in full.
     settings = {".".join(setting): setting for setting in places(kind)}
     settings |= {field.name: (*place, field.name) for field in fields(_type_at(kind, place))}
     with settings_written(settings, write=lambda name: _written(settings[name], flags)):
-        raise context["error"]
+        raise refused
 
 
 def _refusal(
@@ -125,7 +127,7 @@ def _refusal(
     value = flags.get(place) or json.dumps(reduce(getitem, place, merged), ensure_ascii=False, default=str)
     if problem["type"] == "literal_error":
         return f"{_written(place, flags)}{value}: choose one of {', '.join(get_args(_type_at(kind, place)))}"
-    return f"{_written(place, flags)}{value}: {EXPECTED[problem['type']]} is expected"
+    return f"{_written(place, flags)}{value}: {EXPECTED.get(problem['type'], 'something else')} is expected"
 
 
 def _merged(kind: Any, mapping: Mapping[str, Any], flags: Mapping[Place, str]) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def _value(text: str, kind: Any) -> Any:
     """A flag's text as TOML; where text is wanted it needs no quotes, and one text stands for a list of one."""
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # also of a number with thousands of digits
         table = {}
     value = table["value"] if len(table) == 1 else text
     if kind is str or get_origin(kind) is Literal:
