@@ -1,6 +1,6 @@
 """Are the gradients of every layout those of one process?
 
-    python experiments/parity.py             # measure (some minutes on two cores), renew docs/parallelism.md
+    python experiments/parity.py             # measure (about ten minutes on two cores), renew docs/parallelism.md
     python experiments/parity.py --tables    # renew the table only
 
 A small Llama of two blocks with mixtures of 8 experts, on 2 and on 4 processes over gloo. Each layout and each case

@@ -218,7 +218,8 @@ def stop_on_signals(*, echoes: bool = False) -> Iterator[StopRequest]:
 
     A second signal acts as it would without us. With `echoes` it does nothing, and neither does any after an error,
     until the process has ended and said why: a launcher forwards signals to its ranks, which may have had them before,
-    and sends SIGTERM to all as soon as one has ended. Outside the main thread, where Python allows no handlers, signals stay as they are.
+    and sends SIGTERM to all as soon as one has ended. Outside the main thread, where Python allows no handlers, signals
+    stay as they are.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
