@@ -1,6 +1,6 @@
 """Are the gradients of every layout those of one process?
 
-    python experiments/parity.py             # measure (some minutes on two cores), renew docs/parallelism.md
+    python experiments/parity.py             # measure (about ten minutes on two cores), renew docs/parallelism.md
     python experiments/parity.py --tables    # renew the table only
 
 A small Llama of two blocks with mixtures of 8 experts, on 2 and on 4 processes over gloo. Each layout and each case
@@ -44,6 +44,8 @@ PAGE = HERE.parent / "docs" / "parallelism.md"
 CLASSES = ("router", "experts", "shared", "attention", "norms", "embeddings")
 D, E, V, S = 32, 8, 64, 12
 CLIP, STEPS = 0.05, 2
+EPS = 1e-3
+"""AdamW's: with 1e-8 a weight whose gradient is nothing but rounding moves by the whole rate, this way or that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,8 @@ def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: 
 def steps_of(model: PreTrainedModel, batches: list[tuple[list[Part], int]], parallel: Parallel) -> Iterator[Any]:
     """Of each step the gradients, whole, and those after clipping, with loss and norm before it."""
     optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95))
+    for group in optimizer.param_groups:
+        group["eps"] = EPS
     for parts, targets in batches:
         loss = backward(model, parts, targets, parallel)
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}

@@ -73,6 +73,7 @@ def assert_same_losses(config: RunConfig, expected: RunConfig) -> None:
             assert line[name] == pytest.approx(other[name], rel=2e-5), (line["step"], name)
         for name in ("step_tokens", "step_targets", "tokens", "lr"):
             assert line[name] == other[name]
+    assert ours[0].get("load") == right[0].get("load"), "counts are those of all ranks, each token once"
     assert evaluations(config) == [(step, pytest.approx(loss, rel=2e-5)) for step, loss in evaluations(expected)]
     trained, right_model = (load_model(Path(c.out) / "final") for c in (config, expected))
     for (name, ours_), (_, right_) in zip(trained.named_parameters(), right_model.named_parameters(), strict=True):

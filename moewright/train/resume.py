@@ -216,9 +216,10 @@ class StopRequest:
 def stop_on_signals(*, echoes: bool = False) -> Iterator[StopRequest]:
     """Turn SIGTERM and SIGINT into a request that the loop answers after the step at hand.
 
-    A second signal acts as it would without us. With `echoes` it does nothing, and after a request neither does any
-    until the process ends: a launcher forwards signals to its ranks, which may have had them before, and sends SIGTERM
-    to all as soon as one has ended. Outside the main thread, where Python allows no handlers, signals stay as they are.
+    A second signal acts as it would without us. With `echoes` it does nothing, and neither does any after an error,
+    until the process has ended and said why: a launcher forwards signals to its ranks, which may have had them before,
+    and sends SIGTERM to all as soon as one has ended. Outside the main thread, where Python allows no handlers, signals
+    stay as they are.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -239,6 +240,8 @@ def stop_on_signals(*, echoes: bool = False) -> Iterator[StopRequest]:
         signal.signal(number, ask)
     try:
         yield request
-    finally:
-        if not (echoes and request.signal):
+    except BaseException:
+        if not echoes:
             give_back()
+        raise
+    give_back()
