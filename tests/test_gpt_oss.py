@@ -151,3 +151,11 @@ def test_blocks_of_four_bits_are_refused_whatever_the_config_says(tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"tensors .*down_proj_blocks.*Mxfp4Config"):
         load_model(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "olmoe"])
+def test_a_folder_that_asks_for_router_logits_is_computed_as_transformers_does(tmp_path, model_type):
+    tiny_model(model_type, output_router_logits=True).save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["output_router_logits"]
+    ours, theirs = load_model(tmp_path / "theirs"), plain_transformers(tmp_path / "theirs")
+    assert relative(logits_of(ours, INPUT), logits_of(theirs, INPUT)) < 1e-5

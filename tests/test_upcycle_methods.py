@@ -24,7 +24,7 @@ from moewright.family.table import family_of
 from moewright.train.loop import train
 from moewright.train.run_file import load_run
 from moewright.upcycle import observe as observe_module
-from moewright.upcycle.apply import upcycle_folder, upcycling_of
+from moewright.upcycle.apply import file_digests, upcycle_folder, upcycling_of
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.measure import measure
 from moewright.upcycle.methods import expert_part
@@ -732,3 +732,9 @@ def test_a_plan_that_is_let_go_takes_its_model_along(made):
         assert model() is None  # no cycle keeps it until Python next looks for one
     finally:
         gc.enable()
+
+
+def test_prompts_that_are_ignored_are_not_read():
+    with_prompts = UpcycleConfig(experts=4, top_k=2, prompts="/no/such/prompts.json")
+    assert file_digests(with_prompts) == {}
+    assert any("prompts" in text for text in with_prompts.ignored())

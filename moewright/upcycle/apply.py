@@ -105,7 +105,7 @@ def file_digests(config: UpcycleConfig) -> dict[str, Any]:
     digests: dict[str, Any] = {}
     if config.siblings:
         digests["siblings"] = [ModelFolder(path).fingerprint() for path in config.siblings]
-    if config.prompts is not None:
+    if config.prompts is not None and config.router_start == "prompts":
         digests["prompts"] = record_of(Path(config.prompts))["sha256"]
     if config.calibration_text is not None:
         digests["calibration_text"] = digest([config.calibration_text])

@@ -236,7 +236,8 @@ class Twin(Format):
                 f"moewright.json names the backbone {backbone!r}, but {self.name} stands for "
                 f"{' or '.join(self.backbones)}; without moewright.json config.json alone decides"
             )
-        changes = {"model_type": backbone, "tie_word_embeddings": tied}
+        # Router logits are asked for of transformers' own blocks, which a backbone of its sparse classes has no more.
+        changes = {"model_type": backbone, "tie_word_embeddings": tied, "output_router_logits": False}
         config = backbone_config(dict(fields) | changes | self.backbone_fields(fields, backbone=backbone))
         said, remembered = Fields(fields, self.name), Fields(record, self.name, file="moewright.json")
         settings: dict[str, Any] = {}
