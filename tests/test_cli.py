@@ -19,12 +19,14 @@ import pytest
 import torch
 
 from moewright import __version__, cli
+from moewright.backbone.save import save_model
 from moewright.distil.config import DistilConfig
 from moewright.errors import DataError, ModelError, Preempted, UsageError
 from moewright.grow.config import GrowConfig
 from moewright.options.parser import Metavar, Positional, Verb, parse, sentences
 from moewright.options.verbs import VERBS
 from moewright.upcycle.config import UpcycleConfig
+from tests.sparse import model_of
 
 Library = Callable[..., Mock]
 
@@ -364,11 +366,14 @@ def test_a_warning_is_one_line(library: Library, capsys: pytest.CaptureFixture[s
     [
         ("upcycle a b --experts 4 --top-k 9", "--top-k 9 > --experts 4: a token cannot choose more experts than there"),
         ("grow a b", "nothing grows: give at least one of --hidden-size, --intermediate-size, --layers"),
+        ("export {own} b --to nonsense", "--to 'nonsense': choose one of mixtral, "),
         ("distil a b c --text t --tolerance 2", "--tolerance 2.0: it is a share of the dense output's variance, above"),
     ],
 )
-def test_an_error_names_the_flags(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(line.split()) == 2
+def test_an_error_names_the_flags(line: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if "{own}" in line:
+        save_model(model_of("moewright"), tmp_path / "own")
+    assert cli.main(line.format(own=tmp_path / "own").split()) == 2
     assert capsys.readouterr().err.startswith(f"moewright: error: {message}")
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 from moewright.checkpoint.ahead import hash_ahead
 from moewright.distil.config import DistilConfig
+from moewright.errors import settings_written
 from moewright.grow.config import GrowConfig
 from moewright.options import parser
 from moewright.options.parser import Facts, Metavar, Positional, Rest, Verb
@@ -178,13 +179,14 @@ def export(options: Export) -> Facts:
     with _importing():
         from moewright.export.folder import export_folder
 
-    report = export_folder(
-        options.source,
-        options.target,
-        to=options.to,
-        overwrite=options.overwrite,
-        accept_runtime_fault=options.accept_runtime_fault,
-    )
+    with settings_written(["format"], write=lambda _: "--to "):  # as the library calls it
+        report = export_folder(
+            options.source,
+            options.target,
+            to=options.to,
+            overwrite=options.overwrite,
+            accept_runtime_fault=options.accept_runtime_fault,
+        )
     return report.as_dict()
 
 
