@@ -107,7 +107,7 @@ def test_our_own_type_takes_few_arguments(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").device.type == "cpu"
     with pytest.raises(UsageError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config={"load_in_8bit": True})
-    with pytest.raises(UsageError, match=r"^experts_implementation: of a folder"):
+    with pytest.raises(UsageError, match=r"^experts_implementation: of a moewright folder"):
         AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
     with pytest.raises(UsageError, match="config is a LlamaConfig"):
         MoewrightForCausalLM.from_pretrained(folder, config=tiny_config("llama"))
@@ -145,11 +145,11 @@ def test_sparse_layers_are_changed_in_the_folder_or_where_weights_are_random(tmp
     folder = save_model(grafted("llama", {0: moe_of("llama", score="sigmoid")}), tmp_path / "own")
     config = AutoConfig.from_pretrained(folder)
     config.sparse_layers[0]["top_k"], config.dtype = 1, "bfloat16"
-    with pytest.raises(UsageError, match=r"^sparse_layers: of a folder"):
+    with pytest.raises(UsageError, match=r"^sparse_layers: of a moewright folder"):
         AutoModelForCausalLM.from_pretrained(folder, config=config)
     model = AutoModelForCausalLM.from_config(config)
     assert (moe_layers(model)[0].config.top_k, model.dtype) == (1, torch.bfloat16)
-    with pytest.raises(UsageError, match=r"^use_cache: of a folder"):
+    with pytest.raises(UsageError, match=r"^use_cache: of a moewright folder"):
         AutoModelForCausalLM.from_config(config, use_cache=False)
 
 

@@ -433,7 +433,7 @@ def test_every_dense_family_grows():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "nothing grows: give at least one of hidden_size, intermediate_size, layers"),
+        ({}, "nothing grows: give at least one of `hidden_size`, `intermediate_size`, `layers`"),
         ({"hidden_size": 0}, "hidden_size=0: it must be at least 1"),
         ({"layers": -3}, "layers=-3"),
         ({"layers": 4, "width": "copy"}, "choose one of fpi, aki"),

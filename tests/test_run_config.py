@@ -294,10 +294,11 @@ def test_flatten_names_every_setting(tmp_path: Path) -> None:
 
 
 def test_defaults_are_those_of_a_file_that_sets_nothing_else(tmp_path: Path) -> None:
-    text = MINIMAL + "[upcycle]\nexperts = 4\ntop_k = 2"
+    text = MINIMAL + "[upcycle]\nexperts = 4\ntop_k = 2\n[parallel]"
     required = {"model", "out", "data.files", "data.sequence_length", "train.steps", "train.batch_size"}
     known, flat = defaults(RunConfig), flatten(load(tmp_path, text=text))
     assert known.pop("upcycle") is None
+    assert known.pop("parallel") is None
     assert flat.keys() - known.keys() == required - {"train.batch_size"} | {"upcycle.experts", "upcycle.top_k"}
     assert {name: value for name, value in flat.items() if name in known and name not in required} == {
         name: value for name, value in known.items() if name not in required
