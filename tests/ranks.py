@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
+
+from moewright.parallel.parts import boxes_of
 
 
 def on_ranks(work: Callable[[int], None], folder: Path, *, ranks: int = 2) -> None:
@@ -19,3 +22,14 @@ def _rank(rank: int, work: Callable[[int], None], store: str, ranks: int) -> Non
         work(rank)
     finally:
         dist.destroy_process_group()
+
+
+def expected_part(parameter: Tensor, whole: Tensor) -> Tensor:
+    """What this rank should hold of a parameter whose values are `whole`."""
+    boxes = boxes_of(parameter)
+    part = torch.full(
+        [max(held.stop for held in dim) for dim in zip(*(b.local for b in boxes), strict=True)], torch.nan
+    )
+    for box in boxes:
+        part[box.local] = whole[box.whole]
+    return part.to(whole.dtype)

@@ -1,6 +1,7 @@
 """Grafting, twins and folders: every family against transformers itself."""
 
 import copy
+import itertools
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ from moewright.backbone.formats.choose import TWINS, choose_format, format_for
 from moewright.backbone.graft import graft, ungraft
 from moewright.backbone.load import FolderSource, fill, load_model, open_skeleton
 from moewright.backbone.save import save_model
+from moewright.backbone.slots import Box
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import ModelError, MoewrightError, UsageError
 from moewright.family.config import backbone_config
@@ -411,23 +413,25 @@ class Watched:
 
 @pytest.mark.parametrize("kind", ["mixtral, tied", "qwen2_moe, doubled", "granitemoe", "gpt_oss", "moewright"])
 def test_each_of_two_simulated_ranks_reads_its_part_and_nothing_else(tmp_path, kind):
-    """Both in this process, one after the other: what is read depends on `part_of` alone."""
+    """Both in this process, one after the other: what is read depends on `boxes_of` alone."""
     folder = ModelFolder(save_model(model_of(kind), tmp_path / "out"))
     whole = load_model(folder.path)
     names = {name for name, _ in whole.named_parameters()}
 
-    def part_of(rank, name, tensor):
+    def boxes_of(rank, tensor):
         """Experts are dealt out to the ranks, of other matrices each has half the rows, and vectors are everybody's."""
-        if tensor.dim() < 2:
-            return (slice(None),) * tensor.dim()
-        half = tensor.shape[0] // 2
-        return (slice(rank * half, (rank + 1) * half), *(slice(None) for _ in tensor.shape[1:]))
+        rows = slice(0, tensor.shape[0])
+        if tensor.dim() > 1:
+            half = tensor.shape[0] // 2
+            rows = slice(rank * half, (rank + 1) * half)
+        others = [slice(0, size) for size in tensor.shape[1:]]
+        return [Box((rows, *others), (slice(0, rows.stop - rows.start), *others))]
 
     parts = []
     for rank in range(2):
         model, written_as = open_skeleton(folder)
         source = Watched(folder)
-        fill(model, written_as, source, part_of=partial(part_of, rank))
+        fill(model, written_as, source, boxes_of=partial(boxes_of, rank))
         parts.append(dict(model.state_dict()))
         held = sum(parts[rank][name].numel() for name in parts[rank] if name in names or name.endswith("router.bias"))
         assert sum(source.elements.values()) == held, "as much as it holds"
@@ -442,10 +446,25 @@ def test_each_of_two_simulated_ranks_reads_its_part_and_nothing_else(tmp_path, k
 
 def test_any_part_of_a_tensor_can_be_asked_for(tmp_path):
     folder = ModelFolder(save_model(model_of("gpt_oss"), tmp_path / "out"))
-    whole, asked = load_model(folder.path).state_dict(), (slice(1, 3), slice(5, 20), slice(8, 31))
+    whole = load_model(folder.path).state_dict()
+    # Rows that lie apart: this rank's share of tensors that were joined.
+    rows, here = [(slice(1, 3), slice(0, 2))], [slice(0, 6), slice(6, 15)]
+    columns = [(slice(5, 11), here[0]), (slice(11 + 5, 11 + 14), here[1])]
+
+    def boxes_of(tensor):
+        end = tensor.shape[-1]
+        dims = [rows, columns, [(slice(8, end), slice(0, end - 8))]][: tensor.dim()]
+        return [Box(*zip(*places, strict=True)) for places in itertools.product(*dims)]
+
+    def held(tensor):
+        parts = tensor[1:3]
+        if tensor.dim() > 1:
+            parts = torch.cat([parts[:, 5:11], parts[:, 16:25]], dim=1)
+        return parts[:, :, 8:] if tensor.dim() > 2 else parts
+
     model, written_as = open_skeleton(folder)
-    fill(model, written_as, FolderSource(folder), part_of=lambda name, tensor: asked[: tensor.dim()])
+    fill(model, written_as, FolderSource(folder), boxes_of=boxes_of)
     for name, tensor in model.state_dict().items():
         if not name.endswith("previous_counts"):
-            assert torch.equal(tensor, whole[name][asked[: tensor.dim()]]), name
+            assert torch.equal(tensor, held(whole[name])), name
     assert model.model.rotary_emb.inv_freq.device.type == "cpu"

@@ -13,9 +13,9 @@ from moewright.parallel.apply import apply
 from moewright.parallel.config import Degrees, ParallelConfig, resolve
 from moewright.parallel.experts import local_part
 from moewright.parallel.mesh import table
-from moewright.parallel.parts import on_first_rank, part_of
+from moewright.parallel.parts import on_first_rank
 from moewright.parallel.ranks import Ranks
-from tests.ranks import on_ranks
+from tests.ranks import expected_part, on_ranks
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
@@ -52,7 +52,7 @@ def fewer_experts_than_shards(rank: int) -> None:
     down = "model.layers.1.mlp.experts.down_proj"
     assert local_part(parameters[down]).shape == (2, 8, 15)
     for name, parameter in parameters.items():
-        assert torch.equal(local_part(parameter), right[name][part_of(name, parameter)])
+        assert torch.equal(local_part(parameter), expected_part(parameter, right[name]))
 
     def work(bring: Bring) -> int:
         for name, parameter in parameters.items():

@@ -24,7 +24,7 @@ from moewright.errors import CheckpointError, Preempted, ResourceError, UsageErr
 from moewright.moe.config import MoESettings
 from moewright.parallel.config import ParallelConfig
 from moewright.parallel.experts import local_part
-from moewright.parallel.parts import on_first_rank, part_of
+from moewright.parallel.parts import on_first_rank
 from moewright.parallel.ranks import Ranks
 from moewright.train.config import RunConfig
 from moewright.train.loop import train
@@ -32,7 +32,7 @@ from moewright.train.run_file import to_toml
 from moewright.train.start import divide, start
 from moewright.upcycle.config import UpcycleConfig
 from tests.imports import ROOT
-from tests.ranks import on_ranks
+from tests.ranks import expected_part, on_ranks
 from tests.runs import at_step, evaluations, make_run, metrics, send
 
 SPARSE = UpcycleConfig(experts=4, top_k=2, router_std=0.5)
@@ -159,8 +159,7 @@ def holds_only_its_part(rank: int, *, config: RunConfig) -> None:
     held = 0
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        part = part_of(name, parameter)
-        assert torch.equal(parameter.full_tensor()[part], local_part(parameter))
+        assert torch.equal(local_part(parameter), expected_part(parameter, parameter.full_tensor()))
         if name in expected:
             assert torch.equal(parameter.full_tensor(), expected[name]), name
         held += local_part(parameter).numel()

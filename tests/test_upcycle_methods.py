@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from moewright import cli
 from moewright.backbone.blocks import moe_layers
 from moewright.backbone.load import fill, load_model
+from moewright.backbone.slots import Box
 from moewright.checkpoint.files import record_of
 from moewright.checkpoint.read import ModelFolder
 from moewright.convert.make import make_model
@@ -194,17 +195,18 @@ def test_each_of_two_ranks_makes_its_own_experts_alone(made, monkeypatch, case):
     for rank in (0, 1):
         mine = range(rank * experts // 2, (rank + 1) * experts // 2)
 
-        def part_of(name: str, meta: torch.Tensor, mine: range = mine) -> tuple[slice, ...]:
-            first = slice(mine.start, mine.stop) if ".experts." in name else slice(None)
-            return (first, *(slice(None),) * (meta.dim() - 1))
+        def boxes_of(meta: torch.Tensor, mine: range = mine) -> list[Box]:
+            first = slice(mine.start, mine.stop) if meta.dim() == 3 else slice(0, len(meta))
+            others = [slice(0, size) for size in meta.shape[1:]]
+            return [Box((first, *others), (slice(0, first.stop - first.start), *others))]
 
         numbers.clear()
         here, tensors = planned(place, case)
-        fill(here.model, here.format, tensors, part_of=part_of)
+        fill(here.model, here.format, tensors, boxes_of=boxes_of)
         assert {number for number in numbers if number >= 0} == set(mine)
         whole = dict(plan.model.named_parameters())
         for name, parameter in here.model.named_parameters():
-            assert torch.equal(parameter, whole[name][part_of(name, whole[name])]), name
+            assert torch.equal(parameter, whole[name][boxes_of(whole[name])[0].whole]), name
 
 
 # -- what is in the tensors --

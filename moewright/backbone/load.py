@@ -21,15 +21,15 @@ from moewright.backbone.formats.rows import Fields, Layers
 from moewright.backbone.graft import graft
 from moewright.backbone.pretrained import RECOMPUTED
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
-from moewright.backbone.slots import Index, Slices, Slot, TensorSource
+from moewright.backbone.slots import Box, Index, Slices, Slot, TensorSource
 from moewright.checkpoint.read import RECORD, ModelFolder
 from moewright.errors import ModelError
 from moewright.family.row import Family
 from moewright.family.table import family_of
 
 GENERATION: Final = "generation_config.json"
-PartOf = Callable[[str, Tensor], Slices]
-"""Of a tensor of the model, by its name and itself on meta: the slice of each dim that this process holds."""
+BoxesOf = Callable[[Tensor], list[Box]]
+"""What this process holds of a tensor of the model, which is on meta."""
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -110,12 +110,12 @@ def fill(
     source: TensorSource,
     *,
     device: torch.device | str = "cpu",
-    part_of: PartOf | None = None,
+    boxes_of: BoxesOf | None = None,
     with_part: Callable[[Tensor, Tensor], Tensor] = lambda meta, part: part,
 ) -> None:
     """Give a model on meta its memory, on `device` and a parameter at a time, and its values from a source.
 
-    With `part_of` each tensor that a slot holds becomes the part of it that this process has, and only the slots, and
+    With `boxes_of` each tensor that a slot holds becomes the part of it that this process has, and only the slots, and
     rows of slots, that fall into it are read; `with_part(meta, part)` is the tensor that the model gets then. Tied
     parameters stay tied; statistics of layers, which no slot holds, are zero.
     """
@@ -128,13 +128,16 @@ def fill(
     def filled(meta: Tensor, name: str) -> Tensor:
         if name not in slots:
             return torch.zeros_like(meta, device=device)
-        part = part_of(name, meta) if part_of else (slice(None),) * meta.dim()
-        ranges = [range(size)[held] for size, held in zip(meta.shape, part, strict=True)]
-        tensor = torch.empty([len(held) for held in ranges], dtype=meta.dtype, device=device)
+        everything = tuple(slice(0, size) for size in meta.shape)
+        boxes = boxes_of(meta) if boxes_of else [Box(everything, everything)]
+        shape = [max(held.stop for held in dim) for dim in zip(*(box.local for box in boxes), strict=True)]
+        tensor = torch.empty(shape, dtype=meta.dtype, device=device)
         for slot, index in slots[name]:
-            if (meeting := _meeting(index, ranges, meta.shape)) is not None:
-                here, there = meeting
-                tensor[here].copy_(slot.read(source, there))
+            for box in boxes:
+                ranges = [range(size)[held] for size, held in zip(meta.shape, box.whole, strict=True)]
+                if (meeting := _meeting(index, ranges, meta.shape)) is not None:
+                    here, there = meeting
+                    tensor[box.local][here].copy_(slot.read(source, there))
         return with_part(meta, tensor)
 
     parameters: dict[int, nn.Parameter] = {}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from operator import attrgetter
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,17 @@ Index = tuple[int | slice, ...]
 """A part of a tensor, as one indexes it; dims that are not named are whole."""
 Slices = tuple[slice, ...]
 """The same, but that every dim stays."""
+
+
+class Box(NamedTuple):
+    """One contiguous piece of what a process holds of a tensor; all dims are named."""
+
+    whole: Slices
+    """Its place in the whole tensor."""
+    local: Slices
+    """Its place in the part that is here."""
+
+
 Bring = Callable[[Tensor, Index], Tensor]
 """The part `index` of a tensor of the model, brought here from wherever it is."""
 

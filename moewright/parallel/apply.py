@@ -23,7 +23,7 @@ def apply(model: PreTrainedModel, meshes: Meshes) -> None:
     2. Sharding: the experts on the other axes of their mesh, the blocks and what is outside of them on the dense mesh.
 
     Recomputation is turned on before, through transformers. The model may be a skeleton on meta, which `fill` with
-    `parts.part_of` and `parts.with_part` then gives each rank's part; or a live one, on its device and the same on all
+    `parts.boxes_of` and `parts.with_part` then gives each rank's part; or a live one, on its device and the same on all
     ranks, of which each rank keeps its part. Afterwards parameters are DTensors, and gradients are sums over all ranks:
     the loss must be divided by the targets of all. Make the optimiser after this.
 

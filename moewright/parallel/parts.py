@@ -3,6 +3,7 @@
 A parameter that is divided among ranks is a DTensor; every other tensor is whole on every rank.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
-from moewright.backbone.slots import Bring, Index, Slices, here
+from moewright.backbone.slots import Box, Bring, Index, here
 from moewright.parallel.experts import local_part
 from moewright.parallel.ranks import Ranks
 
@@ -21,20 +22,57 @@ DONE: Final = -1
 MOST_DIMS: Final = 4
 
 
-def part_of(name: str, tensor: Tensor) -> Slices:
-    """The slice of each dim that this rank holds; `name` is not needed."""
-    ranges = [range(size) for size in tensor.shape]
+def boxes_of(tensor: Tensor) -> list[Box]:
+    """What this rank holds of a tensor; several boxes where its part consists of rows that lie apart.
+
+    A rank that holds nothing has one box, which is empty.
+    """
+    pieces = [[range(size)] for size in tensor.shape]
     if isinstance(tensor, DTensor):
         mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
         assert coordinate is not None, "a rank outside of the mesh"
-        # From the last axis of the mesh to the first: experts are divided first, then sharded.
+        inner = [1] * tensor.dim()  # ranks of later axes that share a dim
+        # From the last axis of the mesh to the first: experts and slices are divided first, then sharded.
         for axis, placement in reversed(list(enumerate(tensor.placements))):
             if not isinstance(placement, Replicate):
-                dim = placement.dim  # type: ignore[attr-defined]  # Shard's and _StridedShard's
-                held = ranges[dim]
-                each = -(-len(held) // mesh.size(axis))
-                ranges[dim] = held[each * coordinate[axis] : each * (coordinate[axis] + 1)]
-    return tuple(slice(held.start, held.stop) for held in ranges)
+                dim: int = placement.dim  # type: ignore[attr-defined]  # Shard's and _StridedShard's
+                # What is left of a split factor counts tensors that were joined, each of which is divided.
+                joined = getattr(placement, "split_factor", 1) // inner[dim] or 1
+                parts = pieces[dim] if joined == 1 else _cut(pieces[dim], joined)
+                groups = [parts] if joined == 1 else [[part] for part in parts]
+                pieces[dim] = [
+                    piece for group in groups for piece in _chunk(group, ranks=mesh.size(axis), rank=coordinate[axis])
+                ]
+                inner[dim] *= mesh.size(axis)
+    places = [_places(parts or [range(0)]) for parts in pieces]
+    return [Box(tuple(w for w, _ in dims), tuple(h for _, h in dims)) for dims in itertools.product(*places)]
+
+
+def _cut(parts: list[range], count: int) -> list[range]:
+    """As many equal parts of one range."""
+    (held,) = parts
+    each, rest = divmod(len(held), count)
+    assert rest == 0, "joined tensors have equally many rows"
+    return [held[each * number : each * (number + 1)] for number in range(count)]
+
+
+def _chunk(parts: list[range], *, ranks: int, rank: int) -> list[range]:
+    """A rank's chunk, as `torch.chunk` makes them, of ranges one behind the other."""
+    each = -(-sum(map(len, parts)) // ranks)
+    first, mine = each * rank, []
+    for part in parts:
+        mine.append(part[max(0, first) : max(0, first + each)])
+        first -= len(part)
+    return [part for part in mine if part]
+
+
+def _places(parts: list[range]) -> list[tuple[slice, slice]]:
+    """Where each range lies in the whole dim, and where in the part that is here."""
+    places, end = [], 0
+    for part in parts:
+        places.append((slice(part.start, part.stop), slice(end, end + len(part))))
+        end += len(part)
+    return places
 
 
 def with_part(like: Tensor, part: Tensor) -> Tensor:
@@ -112,14 +150,17 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
     """On the first rank the part `wanted`, to which each rank gives what it holds of it."""
     local = local_part(tensor)
     joined = local.new_zeros([len(held) for held in wanted])
-    mine = [range(size)[part] for size, part in zip(tensor.shape, part_of("", tensor), strict=True)]
-    meeting = [
-        range(max(its.start, held.start), min(its.stop, held.stop)) for its, held in zip(wanted, mine, strict=True)
-    ]
-    if all(meeting) and not _is_copy(tensor):
-        to = tuple(slice(m.start - its.start, m.stop - its.start) for m, its in zip(meeting, wanted, strict=True))
-        of = tuple(slice(m.start - held.start, m.stop - held.start) for m, held in zip(meeting, mine, strict=True))
-        joined[to] = local[of]
+    for box in [] if _is_copy(tensor) else boxes_of(tensor):
+        meeting = [
+            range(max(its.start, held.start), min(its.stop, held.stop))
+            for its, held in zip(wanted, box.whole, strict=True)
+        ]
+        if all(meeting):
+            to = tuple(slice(m.start - its.start, m.stop - its.start) for m, its in zip(meeting, wanted, strict=True))
+            of = tuple(
+                slice(m.start - held.start, m.stop - held.start) for m, held in zip(meeting, box.whole, strict=True)
+            )
+            joined[to] = local[box.local][of]
     # Added up as whole numbers: one rank has the bits of an element, and all others have zeros.
     bits = joined.flatten().view(torch.uint8)
     dist.reduce(bits.view(torch.int32) if len(bits) % 4 == 0 else bits, dst=0)

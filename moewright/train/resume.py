@@ -21,7 +21,7 @@ from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.errors import CheckpointError
 from moewright.optim.adamw import MOMENTS, moments, set_moments
 from moewright.parallel.experts import local_part
-from moewright.parallel.parts import on_first_rank, part_of, with_part
+from moewright.parallel.parts import boxes_of, on_first_rank, with_part
 from moewright.parallel.ranks import Ranks
 from moewright.train.config import RunConfig
 from moewright.train.tree import defaults, flatten
@@ -167,7 +167,8 @@ def _fill(model: nn.Module, state: SavedState) -> None:
             raise CheckpointError(
                 f"{state.path} holds another model: {name} is {shape}, the model's is {tuple(target.shape)}"
             )
-        local_part(target).copy_(state.read(saved[name], part_of(name, target)))
+        for box in boxes_of(target):
+            local_part(target)[box.local].copy_(state.read(saved[name], box.whole))
 
 
 def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
@@ -179,8 +180,10 @@ def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
             if state.tensors[saved].shape != parameter.shape:
                 tensors[key] = state.read(saved)
             else:
-                part = state.read(saved, part_of(name, parameter))
-                tensors[key] = with_part(parameter, part.to(parameter.device))
+                part = torch.empty_like(local_part(parameter))
+                for box in boxes_of(parameter):
+                    part[box.local].copy_(state.read(saved, box.whole))
+                tensors[key] = with_part(parameter, part)
     return tensors
 
 

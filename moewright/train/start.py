@@ -33,7 +33,7 @@ from moewright.moe.kernels import kernel_named
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import ParallelConfig, resolve
 from moewright.parallel.mesh import make_meshes, table
-from moewright.parallel.parts import part_of, with_part
+from moewright.parallel.parts import boxes_of, with_part
 from moewright.parallel.ranks import Ranks
 from moewright.train.config import RunConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
@@ -97,7 +97,7 @@ def start(
     tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
     rows, held_out = _read_rows(config.data, tokenizer, seed=config.train.seed, cache_dir=cache_dir)
 
-    fill(model, written_as, tensors, device=device, part_of=part_of, with_part=with_part)
+    fill(model, written_as, tensors, device=device, boxes_of=boxes_of, with_part=with_part)
     configure(model, **asdict(config.moe))
 
     def content() -> dict[str, Any]:
