@@ -185,6 +185,9 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
 
 def _is_copy(tensor: DTensor) -> bool:
     """Whether a rank before this one holds the same part."""
-    coordinate = tensor.device_mesh.get_coordinate()
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh"
+    if int(mesh.mesh.min()) > 0:  # without the axis `tp`, there is such a mesh for each place on it
+        return True
     return any(isinstance(p, Replicate) and at for p, at in zip(tensor.placements, coordinate, strict=True))
