@@ -8,13 +8,13 @@ gets the same micro-batches as one process, dealt out unevenly; the largest diff
 element of the right one, is taken over the parameters of a class.
 """
 
-import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,21 @@ CASES = {
 }
 
 
-def layouts(ranks: int) -> Iterator[Degrees]:
-    """Every layout on so many ranks: ZeRO stage, number of copies, and slices of dense parts and of experts."""
+def layouts(ranks: int) -> list[Degrees]:
+    """Of all layouts so many that any two values that degrees can have together occur together."""
+    left = {degrees: set(combinations(asdict(degrees).items(), 2)) for degrees in every_layout(ranks)}
+    wanted, chosen = set[Any]().union(*left.values()), []
+    while wanted:
+        best = max(left, key=lambda degrees: len(left[degrees] & wanted))
+        chosen.append(best)
+        wanted -= left.pop(best)
+    return [degrees for degrees in every_layout(ranks) if degrees in chosen]
+
+
+def every_layout(ranks: int) -> Iterator[Degrees]:
+    """Every layout on so many ranks: ZeRO stage, slices of dense parts, of experts, and number of copies."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    for zero, tp, etp, ep, copies in itertools.product(range(4), divisors, divisors, divisors, divisors):
+    for zero, tp, etp, ep, copies in product(range(4), divisors, divisors, divisors, divisors):
         data = ranks // tp
         possible = (copies < data or data == 1) if zero else copies == data
         if possible and HEADS % tp == data % copies == (ranks // copies if zero else ranks) % (ep * etp) == 0:

@@ -38,6 +38,9 @@ from tests.runs import at_step, evaluations, make_run, metrics, send
 SPARSE = UpcycleConfig(experts=4, top_k=2, router_std=0.5)
 E_D_Z = ParallelConfig(layout="E+D+Z", ep=1, zero=3)
 E_Z = ParallelConfig(layout="E+Z", zero=1)
+E_D_M = ParallelConfig(layout="E+D+M", tp=2)
+SLICES = ParallelConfig(layout="E+Z-Off+M", tp=2, etp=2, zero=3)
+GLOBAL = MoESettings(capacity_factor=1.0, min_capacity=1, balance_loss=0.05, balance_scope="global")
 RANDOM = MoESettings(capacity_factor=1.0, min_capacity=1, drop_policy="random", logit_noise=0.1, balance_loss=0.05)
 
 
@@ -86,6 +89,8 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
         "uneven": (E_D_Z, {"batch_size": 3, "micro_batch_size": 1, "gradient_checkpointing": True}),
         "fewer micro-batches than ranks": (E_Z, {"batch_size": 1, "micro_batch_size": 1}),
         "dense": (ParallelConfig(zero=3), {"upcycle": None}),
+        "the same rows on both": (E_D_M, {"moe": GLOBAL}),  # which one process alone knows of a whole step
+        "slices": (SLICES, {}),
     }
     alone = [make(tmp_path, out=f"{name} alone", **settings) for name, (_, settings) in cases.items()]
     several = [make(tmp_path, parallel, out=name, **settings) for name, (parallel, settings) in cases.items()]
@@ -107,8 +112,10 @@ def test_a_run_goes_on_in_any_layout(tmp_path: Path) -> None:
         at_step(patch, 1, send(signal.SIGTERM))
         with pytest.raises(Preempted):
             train(config)
-    train_on(2, tmp_path / "a", replace(config, parallel=E_D_Z), stop_at=3, stop_rank=1)
-    train_on(2, tmp_path / "b", config, stop_at=5)
+    train_on(2, tmp_path / "a", replace(config, parallel=E_D_Z), stop_at=2, stop_rank=1)
+    train_on(2, tmp_path / "b", replace(config, parallel=SLICES), stop_at=3, stop_rank=1)
+    train_on(2, tmp_path / "c", replace(config, parallel=E_D_M), stop_at=4)
+    train_on(2, tmp_path / "d", config, stop_at=5)
     train(config)
     assert_same_losses(config, expected)
 
@@ -122,9 +129,11 @@ def test_a_run_goes_on_with_four_ranks_and_with_two(tmp_path: Path) -> None:
     config = make(tmp_path, steps=6, moe=moe)
     sharded = ParallelConfig(layout="E+D+Z", ep=2, zero=3)
     copies = ParallelConfig(ep=2, zero=2, dp_replicate=2)
+    slices = ParallelConfig(tp=2, etp=2, ep=1, zero=1)
     train_on(4, tmp_path / "a", replace(config, parallel=sharded), stop_at=1, stop_rank=3)
     train_on(2, tmp_path / "b", replace(config, parallel=E_Z), stop_at=3)
-    train_on(4, tmp_path / "c", replace(config, parallel=copies), stop_at=5, stop_rank=1)
+    train_on(4, tmp_path / "c", replace(config, parallel=slices), stop_at=4, stop_rank=2)
+    train_on(4, tmp_path / "d", replace(config, parallel=copies), stop_at=5, stop_rank=1)
     train(config)
     assert_same_losses(config, expected)
 
