@@ -116,9 +116,7 @@ class NewState:
             assert len(index) <= MAX_JSON_BYTES, f"an index of {len(index)} bytes is not readable"
             self._new.records[INDEX] = write_bytes(self.path / INDEX, index)
             self._new.records[FACTS] = write_bytes(self.path / FACTS, json_bytes(facts))
-            self._new.commit(
-                {"schema": SCHEMA, "step": self.step, "ranks": len(files), "torch": torch.__version__}
-            )
+            self._new.commit({"schema": SCHEMA, "step": self.step, "ranks": len(files), "torch": torch.__version__})
             _retire(self.root, self.step, keep, damaged)
         return self.final
 
@@ -199,9 +197,7 @@ def fault_of(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
     return None
 
 
-def newest_state(
-    root: Path, *, fault_of: Callable[[Path], str | None] = fault_of
-) -> tuple[Path | None, list[str]]:
+def newest_state(root: Path, *, fault_of: Callable[[Path], str | None] = fault_of) -> tuple[Path | None, list[str]]:
     """The newest state below ``root`` that verifies, and why each newer one was skipped.
 
     (None, ...) if nothing was ever saved there. Leftovers of killed saves are named among the reasons, and are not

@@ -4,7 +4,7 @@ A parameter that is divided among ranks is a DTensor; every other tensor is whol
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -84,6 +84,36 @@ def with_part(like: Tensor, part: Tensor) -> Tensor:
     )
 
 
+def copy_of(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """Which copy of its part this rank holds, counted from 0, and how many copies of it there are."""
+    if not isinstance(tensor, DTensor):
+        return ranks.rank, ranks.size
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside of the mesh"
+    mine, copies = 0, 1
+    for placement, at, size in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
+        if isinstance(placement, Replicate):
+            mine, copies = mine * size + at, copies * size
+    return mine, copies
+
+
+def written_here(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The names of the tensors of which this rank writes what it holds, so that each part is written once.
+
+    All ranks give the same names in the same order, and each its parts of the tensors. The ranks that hold copies of
+    a part take turns, so that each writes about as many bytes.
+    """
+    names, loads = [], dict[int, list[int]]()
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        mine, copies = copy_of(tensor, ranks)
+        load = loads.setdefault(copies, [0] * copies)
+        chosen = load.index(min(load))
+        load[chosen] += tensor.numel() * tensor.element_size()
+        if chosen == mine:
+            names.append(name)
+    return names
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A small tensor, whole on every rank; all must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -150,7 +180,7 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
     """On the first rank the part `wanted`, to which each rank gives what it holds of it."""
     local = local_part(tensor)
     joined = local.new_zeros([len(held) for held in wanted])
-    for box in [] if _is_copy(tensor) else boxes_of(tensor):
+    for box in [] if copy_of(tensor, ranks)[0] else boxes_of(tensor):
         meeting = [
             range(max(its.start, held.start), min(its.stop, held.stop))
             for its, held in zip(wanted, box.whole, strict=True)
@@ -165,10 +195,3 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
     bits = joined.flatten().view(torch.uint8)
     dist.reduce(bits.view(torch.int32) if len(bits) % 4 == 0 else bits, dst=0)
     return joined
-
-
-def _is_copy(tensor: DTensor) -> bool:
-    """Whether a rank before this one holds the same part."""
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside of the mesh"
-    return any(isinstance(p, Replicate) and at for p, at in zip(tensor.placements, coordinate, strict=True))
