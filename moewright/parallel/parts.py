@@ -4,7 +4,7 @@ A parameter that is divided among ranks is a DTensor; every other tensor is whol
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -98,6 +98,39 @@ def slice_of(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
     return with_local(part)
 
 
+def copy_of(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """Which copy of its part this rank holds, counted from 0, and how many copies of it there are."""
+    if not isinstance(tensor, DTensor):
+        return ranks.rank, ranks.size
+    mesh = tensor.device_mesh
+    coordinate, siblings = mesh.get_coordinate(), ranks.size // mesh.size()
+    assert coordinate is not None, "a rank outside of the mesh"
+    # Without the axis `tp`, the last one, there is such a mesh for each place on it.
+    mine, copies = int(mesh.mesh.min()) if siblings > 1 else 0, siblings
+    assert mine < copies, "the mesh lacks another axis than the last"
+    for placement, at, size in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
+        if isinstance(placement, Replicate):
+            mine, copies = mine * size + at, copies * size
+    return mine, copies
+
+
+def written_here(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The names of the tensors of which this rank writes what it holds, so that each part is written once.
+
+    All ranks give the same names in the same order, and each its parts of the tensors. The ranks that hold copies of
+    a part take turns, so that each writes about as many bytes.
+    """
+    names, loads = [], dict[int, list[int]]()
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        mine, copies = copy_of(tensor, ranks)
+        load = loads.setdefault(copies, [0] * copies)
+        chosen = load.index(min(load))
+        load[chosen] += tensor.numel() * tensor.element_size()
+        if chosen == mine:
+            names.append(name)
+    return names
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A small tensor, whole on every rank; all must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -164,7 +197,7 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
     """On the first rank the part `wanted`, to which each rank gives what it holds of it."""
     local = local_part(tensor)
     joined = local.new_zeros([len(held) for held in wanted])
-    for box in [] if _is_copy(tensor) else boxes_of(tensor):
+    for box in [] if copy_of(tensor, ranks)[0] else boxes_of(tensor):
         meeting = [
             range(max(its.start, held.start), min(its.stop, held.stop))
             for its, held in zip(wanted, box.whole, strict=True)
@@ -179,13 +212,3 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
     bits = joined.flatten().view(torch.uint8)
     dist.reduce(bits.view(torch.int32) if len(bits) % 4 == 0 else bits, dst=0)
     return joined
-
-
-def _is_copy(tensor: DTensor) -> bool:
-    """Whether a rank before this one holds the same part."""
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside of the mesh"
-    if int(mesh.mesh.min()) > 0:  # without the axis `tp`, there is such a mesh for each place on it
-        return True
-    return any(isinstance(p, Replicate) and at for p, at in zip(tensor.placements, coordinate, strict=True))
