@@ -4,6 +4,7 @@ Letters: B rows, S tokens of a row.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.clock import Clock
 from benchmarks.upcycle import write_random
 from moewright.backbone.blocks import moe_layers, routing_step
 from moewright.backbone.load import fill, load_model
+from moewright.backbone.save import format_of
 from moewright.data.pack import Batch
 from moewright.data.tokenizer import tokenise
 from moewright.errors import UsageError
@@ -43,10 +45,7 @@ MODELS: Final = (*RANDOM, "smollm2")
 
 @dataclass(frozen=True)
 class Mixture:
-    """E experts of granularity G, K a token. With K = G the active FLOPs are those of the dense model, and the router's.
-
-    The name is for tables.
-    """
+    """E experts of granularity G, G a token: the active FLOPs are those of the dense model, and the router's."""
 
     name: str
     experts: int
@@ -73,31 +72,40 @@ def write_dense(name: str, folder: Path) -> Path:
     return write_smollm2(folder)
 
 
-class Contestant:
-    """A model, its optimiser, and a clock in both; `step` makes one step of training."""
+class Contestant(ABC):
+    """A model, its optimiser, and a clock in both."""
 
-    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, dtype: str) -> None:
+    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer, self.clock = model.train(), optimizer, Clock()
-        self.objective = CausalLanguageModel(dtype="bfloat16" if dtype == "bf16" else "float32")
+        self.objectives = {
+            "fp32": CausalLanguageModel(dtype="float32"),
+            "bf16": CausalLanguageModel(dtype="bfloat16"),
+        }
         self.settings = TrainConfig(steps=1, batch_size=1, micro_batch_size=MICRO_ROWS, learning_rate=1e-6)
         self.clock.watch_update(optimizer, before="norm and checks", after="optimiser")
 
-    def loss(self, batch: Batch) -> float:
-        """Of a batch, in nats a target, without a gradient."""
-        with torch.no_grad():
-            return float(self.objective.loss(self.model, batch)) / self.objective.targets(batch)
+    @abstractmethod
+    def summed(self, batch: Batch, *, dtype: str) -> Tensor:
+        """The loss of a micro-batch, summed over its targets."""
 
-    def step(self, batch: Batch) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, batch: Batch, *, dtype: str) -> None:
+        """One step of training; afterwards `clock` has its parts."""
+
+    def loss(self, batch: Batch, *, dtype: str) -> float:
+        """In nats a target, without a gradient."""
+        with torch.no_grad():
+            return float(self.summed(batch, dtype=dtype)) / self.objectives[dtype].targets(batch)
 
 
 class Ours(Contestant):
     """A dense model or one with MoELayers, and `train_step` as every run calls it."""
 
-    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, dtype: str) -> None:
-        super().__init__(model, optimizer, dtype=dtype)
+    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(model, optimizer)
         self.routing, layers = routing_step(model), moe_layers(model)
-        self.clock.watch(self.objective, "loss", before="statistics", after="forward")
+        for objective in self.objectives.values():
+            self.clock.watch(objective, "loss", before="statistics", after="forward")
         self.clock.watch(self.routing, "after_backward", before="backward", after="statistics")
         self.clock.watch(self.routing, "end_step", before="zeroing", after="statistics")
         for layer in layers.values():
@@ -107,12 +115,15 @@ class Ours(Contestant):
             for block in feed_forward_blocks(model):
                 self.clock.watch(block, "forward", before="forward", after="experts")
 
-    def step(self, batch: Batch) -> None:
+    def summed(self, batch: Batch, *, dtype: str) -> Tensor:
+        return self.objectives[dtype].loss(self.model, batch)
+
+    def step(self, batch: Batch, *, dtype: str) -> None:
         self.clock.begin()
         train_step(
             self.model,
             batch,
-            objective=self.objective,
+            objective=self.objectives[dtype],
             routing=self.routing,
             optimizer=self.optimizer,
             step=1,
@@ -124,28 +135,22 @@ class Ours(Contestant):
 class Plain(Contestant):
     """A model of transformers, and the loop as it is usually written, with the same optimiser, sums and clipping."""
 
-    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, *, dtype: str) -> None:
-        super().__init__(model, optimizer, dtype=dtype)
+    def __init__(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(model, optimizer)
         for block in feed_forward_blocks(model):
             self.clock.watch(block.gate, "forward", before="forward", after="router")
             self.clock.watch(block.experts, "forward", before="router", after="experts")
 
-    def loss(self, batch: Batch) -> float:
-        with torch.no_grad():
-            return float(self._sum(batch)) / self.objective.targets(batch)
-
-    def _sum(self, batch: Batch) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.objective.dtype == "bfloat16"):
-            logits_BSV = self.model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).logits
+    def summed(self, batch: Batch, *, dtype: str) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+            logits_BSV = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         return functional.cross_entropy(logits_BSV.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
 
-    def step(self, batch: Batch) -> None:
+    def step(self, batch: Batch, *, dtype: str) -> None:
         self.clock.begin()
-        targets = self.objective.targets(batch)
-        for micro_batch in self.objective.micro_batches(batch, self.settings.micro_batch_size):
-            loss = self._sum(micro_batch) / targets
+        targets = self.objectives[dtype].targets(batch)
+        for micro_batch in self.objectives[dtype].micro_batches(batch, self.settings.micro_batch_size):
+            loss = self.summed(micro_batch, dtype=dtype) / targets
             self.clock.look("forward")
             loss.backward()  # type: ignore[no-untyped-call]
             self.clock.look("backward")
@@ -179,10 +184,8 @@ def mixture_of(folder: Path, mixture: Mixture) -> PreTrainedModel:
     return upcycling.model
 
 
-def twin_of(model: PreTrainedModel, mixture: PreTrainedModel) -> PreTrainedModel:
+def twin_of(mixture: PreTrainedModel) -> PreTrainedModel:
     """transformers' own class for a mixture, of the same parameters: not copies, so that both fit into memory."""
-    from moewright.backbone.save import format_of
-
     written_as = format_of(mixture)
     fields = written_as.fields(mixture)
     kind: Any = getattr(transformers, fields["architectures"][0])

@@ -31,10 +31,16 @@ class ExpertWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "ExpertWeights":
         """All four in a dtype; without a copy where they have it."""
-        first, down, *biases = (None if part is None else part.to(dtype) for part in self[:4])
-        assert first is not None, "only biases may be missing"
-        assert down is not None, "only biases may be missing"
-        return ExpertWeights(first, down, *biases, self.activation, self.gated)
+        matrices = {"first_EHD": self.first_EHD.to(dtype), "down_EDF": self.down_EDF.to(dtype)}
+        return self.biases_to(dtype)._replace(**matrices)
+
+    def biases_to(self, dtype: torch.dtype) -> "ExpertWeights":
+        """The same, but the matrices as they are."""
+        first, down = self.first_bias_EH, self.down_bias_ED
+        return self._replace(
+            first_bias_EH=None if first is None else first.to(dtype),
+            down_bias_ED=None if down is None else down.to(dtype),
+        )
 
 
 Kernel = Callable[[Tensor, Tensor, Permutation, ExpertWeights], Tensor]

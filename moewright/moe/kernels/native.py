@@ -34,9 +34,7 @@ def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     if x_TD.device.type not in ("cpu", "meta"):
         raise UsageError(f"kernel 'native' runs on CPU, the tokens are on {x_TD.device}: use 'grouped' or 'triton'")
     activation_named(experts.activation, gated=experts.gated)
-    # The large ones are cast expert by expert in the cache, and so are their gradients.
-    biases = (None if bias is None else bias.to(x_TD.dtype) for bias in experts[2:4])
-    experts = ExpertWeights(*experts[:2], *biases, *experts[4:])
+    experts = experts.biases_to(x_TD.dtype)  # matrices are cast in the cache, expert by expert, and their gradients too
     tensors = [x_TD, weights_TK, *(t for t in experts[:4] if isinstance(t, Tensor))]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     weight_N = weights_TK.flatten().gather(0, permutation.order_N)
