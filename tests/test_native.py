@@ -166,3 +166,19 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_of_autocast_are_cast_in_the_kernel_as_torch_casts(short, bias):
+    _, permutation = assignments()
+    results = []
+    for cast_before in (True, False):
+        tensors = leaves(short, bias=bias)
+        masters = [tensor.detach().float().mul(1.001).requires_grad_() for tensor in tensors[2:]]
+        seen = [master.to(short) for master in masters] if cast_before else masters
+        y = of_native([*tensors[:2], *seen], permutation)
+        results.append([y, *torch.autograd.grad(y, [*tensors[:2], *masters], torch.ones_like(y))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert results[0][-1].dtype == torch.float32

@@ -22,10 +22,13 @@ def clip_gradients(
     finite has such a norm on all.
     """
     parameters = list(parameters)
-    if ranks.size == 1:
-        whole = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-        return float(loss), float(whole)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if ranks.size == 1:
+        whole = nn.utils.get_total_norm(gradients)
+        # As torch's own function, which multiplies with 1 otherwise: two passes over all gradients for nothing.
+        if max_norm and max_norm / (whole + 1e-6) < 1:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, whole)
+        return float(loss), float(whole)
     squares = loss.new_zeros((), dtype=torch.float64)
     for gradient in gradients:
         squares += torch.linalg.vector_norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
