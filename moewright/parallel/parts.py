@@ -100,7 +100,12 @@ def slice_of(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A small tensor, whole on every rank; all must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Not `full_tensor`, which knows nothing of joined tensors once `fully_shard` has divided them further.
+    joined = _own(tensor, [range(size) for size in tensor.shape])
+    dist.all_reduce(_bits(joined))
+    return joined
 
 
 def on_first_rank(tensors: Iterable[Tensor], work: Callable[[Bring], T], *, ranks: Ranks) -> T | None:
@@ -162,6 +167,14 @@ def _broadcast(request: Tensor, ranks: Ranks) -> list[int]:
 @torch.no_grad()
 def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
     """On the first rank the part `wanted`, to which each rank gives what it holds of it."""
+    joined = _own(tensor, wanted)
+    dist.reduce(_bits(joined), dst=0)
+    return joined
+
+
+@torch.no_grad()
+def _own(tensor: DTensor, wanted: list[range]) -> Tensor:
+    """The part `wanted`, with zeros for what this rank does not hold, or a rank before it does."""
     local = local_part(tensor)
     joined = local.new_zeros([len(held) for held in wanted])
     for box in [] if _is_copy(tensor) else boxes_of(tensor):
@@ -175,10 +188,13 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
                 slice(m.start - held.start, m.stop - held.start) for m, held in zip(meeting, box.whole, strict=True)
             )
             joined[to] = local[box.local][of]
-    # Added up as whole numbers: one rank has the bits of an element, and all others have zeros.
-    bits = joined.flatten().view(torch.uint8)
-    dist.reduce(bits.view(torch.int32) if len(bits) % 4 == 0 else bits, dst=0)
     return joined
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as whole numbers, which add up exactly: one rank has those of an element, all others zeros."""
+    bits = tensor.flatten().view(torch.uint8)
+    return bits.view(torch.int32) if len(bits) % 4 == 0 else bits
 
 
 def _is_copy(tensor: DTensor) -> bool:
