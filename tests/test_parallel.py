@@ -246,4 +246,16 @@ def test_the_table_of_ranks() -> None:
         "shard 0   rank 0            rank 1            rank 2            rank 3",
         "shard 1   rank 4            rank 5            rank 6            rank 7",
     ]
+    many = table(Degrees(ranks=512, tp=2, ep=16, zero=2), experts=16).splitlines()
+    assert many[:3] == [
+        "E+D+Z+M on 512 ranks: tp 2, ep 16, dense parts in 2 slices sharded over 256 ranks (zero 2)",
+        "the same rows on ranks 0-1, 2-3, 4-5, 6-7, 8-9, 10-11, ..., 510-511",
+        "          expert 0   expert 1   expert 2   expert 3   expert 4   expert 5   ...        expert 15",
+    ]
+    assert [line.split()[:4] for line in many[7:]] == [
+        ["shard", "4", "rank", "64"],
+        ["..."],
+        ["shard", "31", "rank", "496"],
+    ]
+    assert many[-1].endswith("...        rank 511")
     assert table(Degrees(ranks=2, zero=3)) == "E+D+Z on 2 ranks: ep 1, dense parts sharded over 2 ranks (zero 3)"

@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
@@ -233,6 +234,14 @@ def fails_alone(rank: int, *, config: RunConfig) -> None:
     with pytest.raises(ResourceError) as stopped:
         on_first_rank(model.parameters(), full, ranks=ranks)
     assert stopped.value.told == (rank > 0)
+
+    odd = AutoConfig.for_model("llama", hidden_size=24, num_attention_heads=3, num_key_value_heads=3, vocab_size=8)
+    notes: list[str] = []
+    without = replace(config, parallel=ParallelConfig(layout="E+Z-Off+M"))
+    parallel = divide(AutoModelForCausalLM.from_config(odd), without, ranks=ranks, note=notes.append)
+    assert (parallel.degrees.tp, parallel.degrees.zero) == (1, 2)
+    assert notes[1].startswith("without tensor slicing: nothing but 1 divides 2 ranks, ")
+    assert "3 attention heads" in notes[1]
 
     refused = replace(config, parallel=ParallelConfig(ep=3))
     with pytest.raises(UsageError, match=r"parallel\.ep = 3 with 2 ranks and 4 experts a layer: choose 1 or 2"):

@@ -1,12 +1,16 @@
 """Experts in slices, and ranks with the same tokens: a layer's gradients are those of one process."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from moewright.moe.layer import MoELayer
+from moewright.parallel import exchange
 from moewright.parallel.config import Degrees
 from moewright.parallel.experts import divide_experts, local_part
 from moewright.parallel.mesh import Meshes, make_meshes
@@ -95,5 +99,37 @@ def require_slices(layer: MoELayer, meshes: Meshes) -> None:
     assert torch.equal(weights.down_bias_ED, expected)
 
 
+def hides_the_way(rank: int) -> None:
+    """The shared expert is computed while rows are on their way, and while their gradients are."""
+    layer, events = layer_of({"expert_size": 4, "shared_size": 4}), []
+    divide_experts(layer, make_meshes(Degrees(ranks=2, ep=2, dp_replicate=2), device_type="cpu"))
+    layer.shared.register_forward_hook(lambda *_: events.append("shared"))
+    layer.shared.register_full_backward_hook(lambda *_: events.append("shared"))
+    layer.experts.register_forward_hook(lambda *_: events.append("experts"))
+    layer.experts.down_proj.register_hook(lambda _: events.append("experts"))
+
+    def noted(method: str) -> Callable[..., Any]:
+        original = getattr(exchange._Journey, method)
+
+        def note(*arguments: Any, **settings: Any) -> Any:
+            events.append(method)
+            return original(*arguments, **settings)
+
+        return note
+
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("begin", "end"):
+            patch.setattr(exchange._Journey, method, noted(method))
+        y = layer(torch.randn(5, layer.config.hidden_size, dtype=torch.float64).requires_grad_())
+        assert events == ["begin", "shared", "end", "experts", "begin", "end"]
+        events.clear()
+        y.square().sum().backward()
+    assert events == ["begin", "end", "experts", "begin", "shared", "end"]
+
+
 def test_sliced_experts_and_shared_tokens_compute_the_same(tmp_path: Path) -> None:
     on_ranks(sliced_layer_equals_whole, tmp_path, ranks=4)
+
+
+def test_the_shared_expert_is_computed_while_rows_travel(tmp_path: Path) -> None:
+    on_ranks(hides_the_way, tmp_path)
