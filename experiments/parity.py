@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -34,8 +33,10 @@ from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer, update
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees
+from moewright.parallel.experts import local_part
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import Meshes, make_meshes
+from moewright.parallel.parts import boxes_of, whole
 from moewright.parallel.ranks import Ranks
 from moewright.train.start import recompute_blocks
 
@@ -181,16 +182,19 @@ def steps_of(model: PreTrainedModel, batches: list[tuple[list[Part], int]], para
         group["eps"] = EPS
     for parts, targets in batches:
         loss = backward(model, parts, targets, parallel)
-        gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        gradients = {name: copy_of(p.grad) for name, p in model.named_parameters()}
         numbers = clip_gradients(model.parameters(), max_norm=CLIP, loss=loss, ranks=parallel.ranks)
-        clipped = {name: whole(p.grad) for name, p in model.named_parameters()}
+        clipped = {name: copy_of(p.grad) for name, p in model.named_parameters()}
         update(optimizer, learning_rate=1e-3)
         yield gradients, clipped, numbers
 
 
-def whole(gradient: Tensor | None) -> Tensor:
+def copy_of(gradient: Tensor | None) -> Tensor:
     assert gradient is not None, "a parameter has no gradient"
-    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+    joined = whole(gradient)
+    for box in boxes_of(gradient):
+        assert torch.equal(local_part(gradient)[box.local], joined[box.whole]), "ranks hold different copies"
+    return joined.clone()
 
 
 def class_of(name: str) -> str:

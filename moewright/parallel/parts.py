@@ -133,7 +133,12 @@ def written_here(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
 
 def whole(tensor: Tensor) -> Tensor:
     """A small tensor, whole on every rank; all must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Not `full_tensor`, which knows nothing of joined tensors once `fully_shard` has divided them further.
+    joined = _own(tensor, [range(size) for size in tensor.shape])
+    dist.all_reduce(_bits(joined))
+    return joined
 
 
 def on_first_rank(tensors: Iterable[Tensor], work: Callable[[Bring], T], *, ranks: Ranks) -> T | None:
@@ -151,7 +156,7 @@ def on_first_rank(tensors: Iterable[Tensor], work: Callable[[Bring], T], *, rank
             while (request := _broadcast(torch.empty(1 + 2 * MOST_DIMS, dtype=torch.int64), ranks))[0] != DONE:
                 number, *bounds = request
                 tensor = divided[number]
-                _collect(tensor, [range(*bounds[2 * d : 2 * d + 2]) for d in range(tensor.dim())], ranks)
+                _collect(tensor, [range(*bounds[2 * d : 2 * d + 2]) for d in range(tensor.dim())])
         else:
             try:
                 result = work(_Bringer({id(tensor): n for n, tensor in enumerate(divided)}, ranks))
@@ -180,7 +185,7 @@ class _Bringer:
         bounds = [bound for held in wanted for bound in (held.start, held.stop)]
         request = [self.numbers[id(tensor)], *bounds, *[0] * (2 * (MOST_DIMS - len(wanted)))]
         _broadcast(torch.tensor(request), self.ranks)
-        whole = _collect(tensor, wanted, self.ranks)
+        whole = _collect(tensor, wanted)
         return whole[tuple(0 if dim in dropped else slice(None) for dim in range(whole.dim()))]
 
 
@@ -193,11 +198,20 @@ def _broadcast(request: Tensor, ranks: Ranks) -> list[int]:
 
 
 @torch.no_grad()
-def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
+def _collect(tensor: DTensor, wanted: list[range]) -> Tensor:
     """On the first rank the part `wanted`, to which each rank gives what it holds of it."""
+    joined = _own(tensor, wanted)
+    dist.reduce(_bits(joined), dst=0)
+    return joined
+
+
+@torch.no_grad()
+def _own(tensor: DTensor, wanted: list[range]) -> Tensor:
+    """The part `wanted`, with zeros for what this rank does not hold, or a rank before it does."""
     local = local_part(tensor)
     joined = local.new_zeros([len(held) for held in wanted])
-    for box in [] if copy_of(tensor, ranks)[0] else boxes_of(tensor):
+    is_copy = copy_of(tensor, Ranks(rank=dist.get_rank(), size=dist.get_world_size()))[0] > 0
+    for box in [] if is_copy else boxes_of(tensor):
         meeting = [
             range(max(its.start, held.start), min(its.stop, held.stop))
             for its, held in zip(wanted, box.whole, strict=True)
@@ -208,7 +222,10 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
                 slice(m.start - held.start, m.stop - held.start) for m, held in zip(meeting, box.whole, strict=True)
             )
             joined[to] = local[box.local][of]
-    # Added up as whole numbers: one rank has the bits of an element, and all others have zeros.
-    bits = joined.flatten().view(torch.uint8)
-    dist.reduce(bits.view(torch.int32) if len(bits) % 4 == 0 else bits, dst=0)
     return joined
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its memory as whole numbers, to be added up: one rank has the bits of an element, and all others have zeros."""
+    bits = tensor.flatten().view(torch.uint8)
+    return bits.view(torch.int32) if len(bits) % 4 == 0 else bits
