@@ -305,6 +305,9 @@ def test_styles_that_cannot_be_had_are_refused_by_name() -> None:
         plan_of(model)
     with pytest.raises(UsageError, match=r"mlp.experts of olmoe: .* the style moe_tp_experts"):
         plan_of(tiny_model("olmoe", num_experts=4))
+    model.tp_plan = None
+    with pytest.raises(UsageError, match="transformers has no plan for slices of llama: choose tp=1"):
+        plan_of(model)
     model = model_of("qwen3", torch.float32)
     model.tp_plan = {path: style for path, style in model.tp_plan.items() if "q_norm" not in path}
     with pytest.raises(UsageError, match=r"q_norm.weight of qwen3 is used by sliced heads.*choose tp=1"):
