@@ -33,9 +33,10 @@ from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer, update
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees
+from moewright.parallel.experts import local_part
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import Meshes, make_meshes
-from moewright.parallel.parts import whole
+from moewright.parallel.parts import boxes_of, whole
 from moewright.parallel.ranks import Ranks
 from moewright.train.start import recompute_blocks
 
@@ -190,7 +191,10 @@ def steps_of(model: PreTrainedModel, batches: list[tuple[list[Part], int]], para
 
 def copy_of(gradient: Tensor | None) -> Tensor:
     assert gradient is not None, "a parameter has no gradient"
-    return whole(gradient).clone()
+    joined = whole(gradient)
+    for box in boxes_of(gradient):
+        assert torch.equal(local_part(gradient)[box.local], joined[box.whole]), "ranks hold different copies"
+    return joined.clone()
 
 
 def class_of(name: str) -> str:
