@@ -1,5 +1,7 @@
 """Several processes on this machine that make up a process group over gloo."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,9 @@ def _rank(rank: int, work: Callable[[int], None], store: str, ranks: int) -> Non
         work(rank)
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as a rank of ours ends: see `cli.leave`
 
 
 def expected_part(parameter: Tensor, whole: Tensor) -> Tensor:
