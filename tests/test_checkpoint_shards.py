@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,11 @@ from moewright.checkpoint.files import json_bytes, record_of
 from moewright.checkpoint.shards import Piece, read_index
 from moewright.checkpoint.state import NewState, load_state, newest_state, open_state, save_state, write_rank
 from moewright.checkpoint.tensorfile import LazyTensor
-from moewright.errors import CheckpointError
+from moewright.errors import CheckpointError, Preempted
+from moewright.moe.config import MoESettings
+from moewright.train.loop import train
+from moewright.upcycle.config import UpcycleConfig
+from tests.runs import at_step, make_run, metrics, send
 
 EXPERTS = torch.arange(4 * 6 * 5, dtype=torch.float32).reshape(4, 6, 5)
 DENSE = torch.arange(7, dtype=torch.bfloat16)
@@ -242,6 +248,33 @@ def test_a_state_of_version_0_1_is_read(tmp_path: Path) -> None:
     flip(path / "tensors.safetensors")
     with pytest.raises(CheckpointError, match=r"step-00000004: tensors\.safetensors has another SHA-256"):
         newest_state(tmp_path)
+
+
+def test_a_run_of_version_0_1_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = MoESettings(logit_noise=0.1, balance_loss=0.05)
+    settings = {"upcycle": UpcycleConfig(experts=4, top_k=2), "moe": noisy}
+    whole, stopped = (make_run(tmp_path, out=out, **settings) for out in ("whole", "stopped"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, send(signal.SIGTERM))
+        with pytest.raises(Preempted):
+            train(stopped)
+    path = Path(stopped.out) / "checkpoints" / "step-00000003"
+    tensors, facts = load_state(path)
+    shutil.rmtree(path)
+    *words, gauss = tensors.pop("random.python")[0].tolist()
+    *key, position, has_gauss, cached = tensors.pop("random.numpy")[0].tolist()
+    numpy = {"bit_generator": "MT19937", "state": {"key": list(map(int, key)), "pos": int(position)}}
+    facts["random"] = {
+        "python": [3, list(map(int, words)), None if math.isinf(gauss) else gauss],
+        "numpy": numpy | {"has_gauss": int(has_gauss), "gauss": cached},
+    }
+    tensors |= {name: tensor[0] for name, tensor in tensors.items() if name.startswith("random.")}
+    del facts["layout"]
+    write_schema_1(path, tensors, facts)
+    train(stopped)
+    assert metrics(stopped) == metrics(whole)
+    assert [p.name for p in (Path(stopped.out) / "checkpoints").iterdir()] == ["step-00000003"]
 
 
 def test_states_known_to_be_damaged_do_not_count_among_the_kept(tmp_path: Path) -> None:

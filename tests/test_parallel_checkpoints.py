@@ -334,8 +334,7 @@ def goes_on_noting(rank: int, *, root: Path, words: str) -> None:
     trained = Trained(root, rank)
     notes = trained.resume()
     assert trained.position.step == 3
-    assert len(notes) == 1
-    assert words in notes[0]
+    assert [words in note for note in notes] == ([True] if rank == 0 else [])
     trained.position.step = 4  # damaged states are no reason to delete one that verified
     with trained.saver as saver:
         saver.save(trained.position)

@@ -8,6 +8,7 @@ step boundary whether it is done.
 
 import json
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -160,7 +161,7 @@ class Saver:
         finally:
             self._drop()
         self.saved = pending.position.step
-        self._damaged = [name for name in self._damaged if name > f"step-{self.saved:08}"]
+        self._damaged = [name for name in self._damaged if name != f"step-{self.saved:08}"]
 
     def _raise_failure(self, results: list[dict[str, Any]], mine: Exception | None) -> None:
         if mine is not None and not isinstance(mine, MoewrightError | _Cancelled):
@@ -238,8 +239,11 @@ class Saver:
             self._open.close()
             return
         together = isinstance(error, MoewrightError) or (self.ranks.size == 1 and isinstance(error, Exception))
-        if together and not isinstance(error, _Cancelled):
-            self.finish()  # steps that were made before the error are not lost
+        if together:
+            try:
+                self.finish()  # steps that were made before the error are not lost
+            except MoewrightError as failed:
+                warnings.warn(f"the state on its way was not saved either: {failed}", stacklevel=2)
             return
         self._pending.cancel()
         with suppress(OSError):  # another rank may still write there; the next save removes it
