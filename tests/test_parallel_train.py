@@ -116,7 +116,7 @@ def test_a_run_goes_on_in_any_layout(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_with_four_ranks_and_with_two(tmp_path: Path) -> None:
     # No balance loss, which is one of micro-batches: four ranks have smaller ones.
-    moe = MoESettings(z_loss=0.01)
+    moe = MoESettings(balance_loss=0, z_loss=0.01)
     expected = make(tmp_path, out="expected", steps=6, moe=moe)
     train(expected)
     config = make(tmp_path, steps=6, moe=moe)
