@@ -31,8 +31,8 @@ class ExpertWeights(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "ExpertWeights":
         """All four in a dtype; without a copy where they have it."""
-        matrices = {"first_EHD": self.first_EHD.to(dtype), "down_EDF": self.down_EDF.to(dtype)}
-        return self.biases_to(dtype)._replace(**matrices)
+        matrices = self._replace(first_EHD=self.first_EHD.to(dtype), down_EDF=self.down_EDF.to(dtype))
+        return matrices.biases_to(dtype)
 
     def biases_to(self, dtype: torch.dtype) -> "ExpertWeights":
         """The same, but the matrices as they are."""

@@ -51,6 +51,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 @lru_cache
 def _has_products_of(dtype: torch.dtype) -> bool:
     names = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # torch may be told to use no more: ATEN_CPU_CAPABILITY=avx2
+        return False
     return any(torch.cpu.get_capabilities().get(name, False) for name in names)
 
 
