@@ -44,8 +44,8 @@ def compiled() -> Path:
     _log.warning("compiling the CPU kernel for torch %s, once: about half a minute", torch.__version__)
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
-    # Into a folder of its own, then renamed: whoever is killed half-way harms nobody. The ranks of a machine take turns,
-    # and all but one find it done; the system gives the lock back, however its holder ends.
+    # Into a folder of its own, then renamed: whoever is killed half-way harms nobody. The ranks of a machine take
+    # turns, and all but one find it done; the system gives the lock back, however its holder ends.
     with _alone(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
         if target.exists():
             return target
