@@ -17,18 +17,22 @@ def clip_gradients(
 ) -> tuple[float, float]:
     """Scale the whole gradient down to `max_norm` (0: leave it) where it is larger; returns loss and norm.
 
-    `loss` is this rank's part of the step's, 0-dim. Each element of the gradient counts once, however many ranks hold
-    it; one reduction over the ranks adds up squares and loss. A gradient that is not finite has such a norm on all.
+    `loss` is the part of the step's that these rows have, 0-dim. Each element of the gradient counts once, however many
+    ranks hold it, and so do the rows; one reduction over the ranks adds up squares and loss. A gradient that is not
+    finite has such a norm on all.
     """
     parameters = list(parameters)
-    if ranks.size == 1:
-        whole = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-        return float(loss), float(whole)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if ranks.size == 1:
+        whole = nn.utils.get_total_norm(gradients)
+        # As torch's own function, which multiplies with 1 otherwise: two passes over all gradients for nothing.
+        if max_norm and max_norm / (whole + 1e-6) < 1:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, whole)
+        return float(loss), float(whole)
     squares = loss.new_zeros((), dtype=torch.float64)
     for gradient in gradients:
         squares += torch.linalg.vector_norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
-    total, square = ranks.totals(torch.stack([loss.double(), squares])).tolist()
+    total, square = ranks.totals(torch.stack([loss.double() / ranks.tp, squares])).tolist()
     norm = math.sqrt(square)
     if max_norm and norm > max_norm:
         for gradient in gradients:
