@@ -58,7 +58,7 @@ class Saver:
     ) -> None:
         self.root, self.model, self.optimizer, self.identity = root, model, optimizer, identity
         self.ranks, self.seed, self.keep, self.background = parallel.ranks, seed, keep, background
-        self.layout = table(parallel.degrees) if parallel.ranks.size > 1 else "one process"
+        self.layout = table(parallel.degrees).splitlines()[0] if parallel.ranks.size > 1 else "one process"
         self.saved: int | None = None
         """The step of the newest state."""
         self._damaged: list[str] = []
