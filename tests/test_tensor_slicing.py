@@ -41,6 +41,7 @@ MOE: dict[str, Any] = {
     **{"hidden_size": 32, "expert_size": 16, "num_experts": 4, "top_k": 2},
     **{"shared_size": 8, "kernel": "loop"},
 }
+DROPOUT = {"attention_dropout": 0.1}
 Case = tuple[str, dict[str, Any], dict[int, dict[str, Any]]]
 SPARSE: dict[str, Case] = {
     "olmoe": ("olmoe", {"num_experts": 4}, {0: {}, 1: {}}),
@@ -52,7 +53,11 @@ SPARSE: dict[str, Case] = {
 CASES: dict[str, Case] = {
     **{name: (name, {}, {}) for name in FAMILIES},
     **SPARSE,
-    "llama, tied, biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}, {}),
+    "llama, tied, biases": (
+        "llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "attention_dropout": 0.1},
+        {},
+    ),
     "llama, tied, odd vocabulary, padding": (
         "llama",
         {"tie_word_embeddings": True, "vocab_size": 261, "pad_token_id": 7},
@@ -168,10 +173,13 @@ def errors(case: str, degrees: Degrees, dtype: torch.dtype) -> dict[str, float]:
 
 
 def replicas_are_equal(case: str, degrees: Degrees) -> None:
-    """What every rank has whole has the same gradient on all of them, to the last bit."""
-    model = model_of(case, torch.float32)
+    """What every rank has whole has the same gradient on all of them, to the last bit: with dropout, in bfloat16."""
+    model = model_of(case, torch.float32).train()
     apply(model, meshes(degrees))
-    loss_of(model, part=0, parts=1).backward()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, part=0, parts=1)
+    loss.backward()
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if gradient is not None and "tp" not in (gradient.device_mesh.mesh_dim_names or ()):
@@ -297,6 +305,9 @@ def test_styles_that_cannot_be_had_are_refused_by_name() -> None:
         plan_of(model)
     with pytest.raises(UsageError, match=r"mlp.experts of olmoe: .* the style moe_tp_experts"):
         plan_of(tiny_model("olmoe", num_experts=4))
+    model.tp_plan = None
+    with pytest.raises(UsageError, match="transformers has no plan for slices of llama: choose tp=1"):
+        plan_of(model)
     model = model_of("qwen3", torch.float32)
     model.tp_plan = {path: style for path, style in model.tp_plan.items() if "q_norm" not in path}
     with pytest.raises(UsageError, match=r"q_norm.weight of qwen3 is used by sliced heads.*choose tp=1"):

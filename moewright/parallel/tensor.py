@@ -80,8 +80,8 @@ VOCABULARY: Final[tuple[tuple[type[nn.Module], str], ...]] = (
 def plan_of(model: PreTrainedModel) -> dict[str, str]:
     """The style of each module or parameter of this model that has one, by its path; of MoELayers only what is dense.
 
-    Raises UsageError for a style that there is not, and for a parameter that heads divided among ranks read and of
-    which the plan says nothing.
+    Raises UsageError where there is no plan, for a style that there is not, and for a parameter that sliced heads read
+    and of which the plan says nothing.
     """
     family = family_of(model.config)
     rules = [
@@ -94,6 +94,8 @@ def plan_of(model: PreTrainedModel) -> dict[str, str]:
             if pattern.fullmatch(path):
                 _require_possible(style, path, modules.get(path), family)
                 plan[path] = style
+    if not plan:
+        raise UsageError(f"transformers has no plan for slices of {family.model_type}: choose tp=1")
     _require_complete(model, plan, family)
     for path, module in model.named_modules():
         if isinstance(module, MoELayer) and module.shared is not None:
