@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moewright.moe.activations import activation_named
 from moewright.moe.config import MoEConfig
@@ -48,6 +49,8 @@ class Experts(nn.Module):
 
     held: Callable[[Tensor], Tensor]
     """The part of a parameter that this process computes with: all of it, until experts are divided among processes."""
+    recomputed: bool = False
+    """Whether the backward pass computes the products again; what is kept then is the rows that came in."""
 
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -84,6 +87,13 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, *, kernel: Kernel) -> Tensor:
         """(T, D) -> (T, D): for each token the sum of its experts' outputs, weighted with `weights_TK`."""
+        if self.recomputed and torch.is_grad_enabled():
+            inputs = (x_TD, weights_TK, permutation, kernel)
+            y_TD: Tensor = checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return y_TD
+        return self._compute(x_TD, weights_TK, permutation, kernel)
+
+    def _compute(self, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, kernel: Kernel) -> Tensor:
         # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
         dtype = autocast_dtype(x_TD)
         return kernel(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, self.weights(dtype))

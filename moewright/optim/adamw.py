@@ -1,6 +1,6 @@
 """The optimiser, its update, and its state by parameter name."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -13,7 +13,7 @@ from moewright.optim.blockwise import BLOCK, Blockwise
 from moewright.optim.gradients import KeptGradients
 from moewright.optim.rounding import generator_of, rounded
 from moewright.parallel.experts import local_part
-from moewright.parallel.memory import DeviceMemory, Memory, expect
+from moewright.parallel.memory import DeviceMemory, Memory, Places, expect
 from moewright.parallel.parts import boxes_of, with_part
 
 MOMENTS: Final = ("step", "exp_avg", "exp_avg_sq")
@@ -33,15 +33,15 @@ class Precision:
     seed: int = 0
     """Of rounding by chance."""
 
+    def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of what is moved for parameters of this dtype, and of their gradients where these are kept."""
+        return torch.promote_types(dtype, torch.float32) if self.masters == "float32" else dtype
 
-@dataclass(frozen=True, kw_only=True)
-class Places:
-    """Where the tensors of one parameter lie beside the parameter itself; None: on its device."""
-
-    states: Memory | None = None
-    """Moments, and the copy that is moved in the parameter's place where this is another device."""
-    gradients: Memory | None = None
-    """The gradient."""
+    def state_bytes(self, dtype: torch.dtype, *, elsewhere: bool) -> float:
+        """Bytes a parameter of moments and, if there is one, of its master; `elsewhere` than the parameter itself."""
+        stored = self.stored_dtype(dtype)
+        wide = {"float32": torch.promote_types(stored, torch.float32).itemsize, "bfloat16": 2, "int8": 1 + 4 / BLOCK}
+        return 2 * wide[self.moments] + (stored.itemsize if elsewhere or stored != dtype else 0)
 
 
 Group = dict[str, Any]
@@ -51,8 +51,8 @@ class AdamW(torch.optim.AdamW):
     """torch's AdamW, by its fused kernels, with states in other memory and in other precision than the parameters.
 
     `state` has for each parameter `step`, `exp_avg`, `exp_avg_sq` and, if there is one, `master`: tensors, divided as
-    the parameter is, or `Blockwise` moments of the part that is here. With states on the parameter's device or in files,
-    in float32, the update is that of torch to the last bit.
+    the parameter is, or `Blockwise` moments of the part that is here. With float32 states on the parameter's device or
+    in files, the update is that of torch to the last bit.
     """
 
     def __init__(
@@ -75,10 +75,7 @@ class AdamW(torch.optim.AdamW):
                 self.gradients.keep(parameter, memory, self._stored_dtype(parameter))
 
     def _stored_dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        """Of what is moved."""
-        if self.precision.masters == "float32":
-            return torch.promote_types(parameter.dtype, torch.float32)
-        return parameter.dtype
+        return self.precision.stored_dtype(parameter.dtype)
 
     def _has_master(self, parameter: nn.Parameter) -> bool:
         states = self._places[parameter].states
@@ -91,14 +88,16 @@ class AdamW(torch.optim.AdamW):
             value = self._memory(parameter).empty(local_part(parameter).shape, self._stored_dtype(parameter))
             value.copy_(local_part(parameter.detach()))
             self.state[parameter][MASTER] = with_part(parameter.detach(), value)
-        return self.state[parameter].get(MASTER)
+        master: Tensor | None = self.state[parameter].get(MASTER)
+        return master
 
     def _memory(self, parameter: nn.Parameter) -> Memory:
         return self._places[parameter].states or DeviceMemory(parameter.device)
 
     def _begin(self, parameter: nn.Parameter) -> dict[str, Any]:
         """The state of a parameter, from zero if it has none."""
-        state, master = self.state[parameter], self.master_of(parameter)
+        state: dict[str, Any] = self.state[parameter]
+        master = self.master_of(parameter)
         if "step" not in state:
             stored = local_part(parameter.detach() if master is None else master)
             state["step"] = torch.zeros((), device=stored.device)
@@ -120,34 +119,40 @@ class AdamW(torch.optim.AdamW):
         self.gradients.arrive()
         for group in self.param_groups:
             moving = [p for p in group["params"] if self.gradients.of(p) is not None]
-            states = [self._begin(p) for p in moving]
-            whole = [n for n, p in enumerate(moving) if self._in_place(p, states[n])]
-            if whole:
-                chosen = [(moving[n], states[n]) for n in whole]
-                lists = [[local_part(state[name]) for _, state in chosen] for name in MOMENTS]
-                stored = [local_part(state.get(MASTER, p)).detach() for p, state in chosen]
-                gradients = [self._gradient(p) for p, _ in chosen]
-                _apply(stored, gradients, lists[1], lists[2], lists[0], group)
-            for number in sorted(set(range(len(moving))) - set(whole)):
-                if number + 1 < len(moving):
-                    expect(t for t in states[number + 1].values() if type(t) is Tensor)
-                self._step_in_pieces(moving[number], states[number], group)
-            for parameter, state in zip(moving, states, strict=True):
-                if MASTER in state:
-                    local_part(parameter.detach()).copy_(local_part(state[MASTER]), non_blocking=True)
+            # Those on their own device take one call of the kernel; others come one after the other.
+            near = [p for p in moving if self._places[p].states is None and self._in_place(p)]
+            self._step_in_place(near, group)
+            far = [p for p in moving if p not in set(near)]
+            for parameter, following in zip(far, [*far[1:], None], strict=True):
+                if following is not None:
+                    expect(local_part(t) for t in self._begin(following).values() if isinstance(t, Tensor))
+                if self._in_place(parameter):
+                    self._step_in_place([parameter], group)
+                else:
+                    self._step_in_pieces(parameter, group)
+            for parameter in moving:
+                if (master := self.state[parameter].get(MASTER)) is not None:
+                    local_part(parameter.detach()).copy_(local_part(master), non_blocking=True)
 
     def _gradient(self, parameter: nn.Parameter) -> Tensor:
         gradient = self.gradients.of(parameter)
         assert gradient is not None
         return local_part(gradient)
 
-    def _in_place(self, parameter: nn.Parameter, state: dict[str, Any]) -> bool:
+    def _in_place(self, parameter: nn.Parameter) -> bool:
         """Whether all is stored as it is computed with."""
-        dtype = local_part(state.get(MASTER, parameter)).dtype
-        wide = torch.promote_types(dtype, torch.float32) == dtype
-        return wide and isinstance(state["exp_avg"], Tensor) and state["exp_avg"].dtype == dtype
+        wide = torch.promote_types(self._stored_dtype(parameter), torch.float32)
+        return self._stored_dtype(parameter) == wide and self.precision.moments == "float32"
 
-    def _step_in_pieces(self, parameter: nn.Parameter, state: dict[str, Any], group: Group) -> None:
+    def _step_in_place(self, parameters: list[nn.Parameter], group: Group) -> None:
+        if parameters:
+            states = [self._begin(parameter) for parameter in parameters]
+            stored = [local_part(s.get(MASTER, p)).detach() for p, s in zip(parameters, states, strict=True)]
+            steps, first, second = ([local_part(state[name]) for state in states] for name in MOMENTS)
+            _apply(stored, [self._gradient(parameter) for parameter in parameters], first, second, steps, group)
+
+    def _step_in_pieces(self, parameter: nn.Parameter, group: Group) -> None:
+        state = self._begin(parameter)
         stored = local_part(state.get(MASTER, parameter)).detach().view(-1)
         gradient = self._gradient(parameter).reshape(-1)
         moments = [_Pieces(state[name]) for name in ("exp_avg", "exp_avg_sq")]

@@ -78,8 +78,8 @@ class KeptGradients:
         return with_part(parameter.detach(), kept.tensor) if kept.filled and kept.tensor is not None else None
 
     def drop(self) -> None:
-        """Begin a step anew. Memory of the device is given back; files and pinned memory, slow to make, are kept."""
-        for parameter, kept in self._kept.items():
+        """Begin a step anew. Memory that lasts is used again."""
+        for kept in self._kept.values():
             kept.filled = False
-            if kept.memory.device == parameter.device and not hasattr(kept.memory, "folder"):
+            if not kept.memory.lasting:
                 kept.tensor = None

@@ -12,4 +12,4 @@ def part_elsewhere(part: Tensor, like: DTensor) -> DTensor:
     """
     meta = TensorMeta(like.shape, like.stride(), part.dtype)
     spec = DTensorSpec(like.device_mesh, tuple(like.placements), tensor_meta=meta)
-    return DTensor(part, spec, requires_grad=False)  # type: ignore[call-arg]
+    return DTensor(part, spec, requires_grad=False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from moewright.errors import UsageError
 
@@ -14,7 +14,7 @@ NOT_YET: Final = {"E+D+M": "tensor slicing", "E+Z-Off+M": "tensor slicing and of
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The `[parallel]` table, read where a run has several ranks; without it the layout is E+D."""
+    """The `[parallel]` table: how a run is divided among its ranks, E+D without it, and what it keeps where."""
 
     layout: str | None = None
     """E (experts over all ranks), E+D (over some, and copies of these), E+Z and E+D+Z (the same, with ZeRO)."""
@@ -27,6 +27,18 @@ class ParallelConfig:
 
     zero: int | None = None
     """ZeRO stage: 0 shards nothing, 1 optimiser states, 2 gradients too, 3 parameters too; by default 2 with +Z."""
+
+    offload: Literal["none", "optimizer", "experts", "all"] = "none"
+    """What is kept outside of the device: optimiser states; or of the experts, or of all, weights and gradients too."""
+
+    offload_to: Literal["cpu", "disk"] = "cpu"
+    """Where: in the host's memory, or in files in `offload_folder`."""
+
+    offload_folder: str = ""
+    """For disk: a folder, best on a fast disk of each machine's own; it needs room and holds nothing afterwards."""
+
+    recompute: Literal["none", "experts", "block"] = "none"
+    """What the backward pass computes again instead of keeping it: the experts' hidden states, or all of each block."""
 
     def __post_init__(self) -> None:
         if self.layout in NOT_YET:
@@ -41,6 +53,12 @@ class ParallelConfig:
                 raise UsageError(f"{name}={value}: it must be at least 1")
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"zero={self.zero}: choose one of 0, 1, 2, 3")
+        if self.offload_to == "disk" and not self.offload_folder:
+            raise UsageError("offload_to=disk without offload_folder: name a folder with room for it")
+        if self.offload_folder and self.offload_to != "disk":
+            raise UsageError(f"offload_folder={self.offload_folder} with offload_to=cpu: set offload_to=disk")
+        if self.offload_to == "disk" and self.offload == "none":
+            raise UsageError("offload_to=disk with offload=none: choose one of optimizer, experts, all")
         if self.layout is not None and self.zero is not None and bool(LAYOUTS[self.layout]) != bool(self.zero):
             other = self.layout.removesuffix("+Z") if self.layout.endswith("+Z") else f"{self.layout}+Z"
             raise UsageError(

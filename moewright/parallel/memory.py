@@ -25,8 +25,13 @@ SMALLEST: Final = 1 << 16
 class Memory(Protocol):
     """A kind of memory."""
 
-    device: torch.device
-    """Of the tensors that lie in it."""
+    @property
+    def device(self) -> torch.device:
+        """Of the tensors that lie in it."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether its tensors are slow to make, and so used again from step to step."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor in it, whose values may be anything. Raises ResourceError where there is no room."""
@@ -38,6 +43,10 @@ class DeviceMemory:
 
     device: torch.device
     pinned: bool = False
+
+    @property
+    def lasting(self) -> bool:
+        return self.pinned
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.device, pin_memory=self.pinned)
@@ -54,6 +63,7 @@ class MappedFiles:
 
     folder: Path
     device = torch.device("cpu")
+    lasting = True
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size = prod(shape) * dtype.itemsize
@@ -68,16 +78,26 @@ class MappedFiles:
         return data.view(dtype).view(tuple(shape))
 
     def require_space(self, needed: int) -> None:
-        """Make the folder. Raises UsageError if that cannot be done, ResourceError unless its disk has `needed` bytes."""
+        """Make the folder. Raises UsageError if that fails, ResourceError unless its disk has `needed` bytes."""
         with writing(self.folder, UsageError):
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
                 raise UsageError(f"offload_folder={self.folder}: no files can be made there; name another folder")
         if needed > (free := shutil.disk_usage(self.folder).free):
             raise ResourceError(
-                f"offload_folder={self.folder}: {needed} bytes are needed, {free} are free; make room, name a folder on "
-                "another disk, or offload less"
+                f"offload_folder={self.folder}: {needed} bytes are needed, {free} are free; make room, or name a "
+                "folder on another disk"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the tensors of one parameter lie beside the parameter itself; None: on its device."""
+
+    states: Memory | None = None
+    """Its moments, and the copy that is moved in its place where this is another device."""
+    gradients: Memory | None = None
+    """Its gradient."""
 
 
 def expect(tensors: Iterable[Tensor]) -> None:

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,8 @@ from moewright.backbone.slots import Bring
 from moewright.checkpoint.state import SavedState, open_state, save_state
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.errors import CheckpointError
-from moewright.optim.adamw import MOMENTS, moments, set_moments
+from moewright.optim.adamw import MOMENTS, follow_masters, masters, moments, set_moments
+from moewright.parallel.config import ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.parts import boxes_of, on_first_rank, with_part
 from moewright.parallel.ranks import Ranks
@@ -35,7 +36,10 @@ FREE: Final = frozenset(
         "train.keep_checkpoints",
         "train.tensorboard",
         "data.eval_rows",
-        *("parallel", "parallel.layout", "parallel.ep", "parallel.dp_replicate", "parallel.zero"),
+        "parallel",
+        *(f"parallel.{field.name}" for field in fields(ParallelConfig)),
+        # These do, in its precision: a run may go on in another one. What recomputation and chunks leave is the same.
+        *("train.param_dtype", "train.masters", "train.moments", "train.loss_chunk_tokens"),
     }
 )
 """The settings that may change between two starts of a run: the training itself does not depend on them."""
@@ -92,7 +96,8 @@ def save(
 
     The state is the one that a process alone saves. Raises ResourceError when the disk is full.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
+    weights = model_tensors(model) | masters(model, optimizer)
+    tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
     tensors |= {f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}
     tensors["random.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -140,7 +145,8 @@ def restore(
     now = torch.get_num_threads()
     if (then := facts.get("threads", now)) != now:
         note(f"torch has {now} threads and had {then} when {path} was saved: sums will be rounded otherwise")
-    _fill(model, state)
+    _fill(model_tensors(model) | masters(model, optimizer), state)
+    follow_masters(model, optimizer)
     set_moments(model, optimizer, _moments(model, state))
     torch.set_rng_state(state.read("random.torch"))
     if "random.cuda" in state.tensors and torch.cuda.is_available():
@@ -152,9 +158,8 @@ def restore(
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, state: SavedState) -> None:
-    """Copy the tensors `model.*` of a state into the model, one at a time."""
-    targets = model_tensors(model)
+def _fill(targets: dict[str, Tensor], state: SavedState) -> None:
+    """Copy the tensors `model.*` of a state into those of the model, one at a time."""
     saved = {name.removeprefix("model."): name for name in state.tensors if name.startswith("model.")}
     # States of the first version lack these counts, which begin with zeros.
     targets = {n: t for n, t in targets.items() if n in saved or not n.endswith(".previous_counts")}
