@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Final, Literal
 
 import torch
@@ -123,7 +124,7 @@ class AdamW(torch.optim.AdamW):
             near = [p for p in moving if self._places[p].states is None and self._in_place(p)]
             self._step_in_place(near, group)
             far = [p for p in moving if p not in set(near)]
-            for parameter, following in zip(far, [*far[1:], None], strict=True):
+            for parameter, following in zip_longest(far, far[1:]):
                 if following is not None:
                     expect(local_part(t) for t in self._begin(following).values() if isinstance(t, Tensor))
                 if self._in_place(parameter):

@@ -10,7 +10,7 @@ from functools import cache
 from math import prod
 from mmap import MADV_WILLNEED
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from moewright.checkpoint.disk import writing
 from moewright.errors import ResourceError, UsageError
 
-SMALLEST: Final = 1 << 16
+SMALLEST = 1 << 16
 """Bytes; smaller tensors stay in the host's memory, where a file would be little but rounding to whole pages."""
 
 

@@ -100,5 +100,5 @@ class CausalLanguageModel:
 
 
 def _whole_loss(logits: Tensor, targets_N: Tensor) -> Tensor:
-    logits_NV = logits.flatten(0, -2).float()
+    logits_NV = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
     return functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")

@@ -116,7 +116,7 @@ def start(
     return Start(
         model=model.train(),
         objective=CausalLanguageModel(
-            dtype=config.train.dtype, chunk_tokens=config.train.loss_chunk_tokens, device=parallel.ranks.device
+            dtype=config.train.dtype, chunk_tokens=config.train.loss_chunk_tokens, device=device
         ),
         rows=rows,
         held_out=held_out,
