@@ -27,7 +27,7 @@ from moewright.parallel import memory
 from moewright.parallel.memory import DeviceMemory, MappedFiles, Places, expect
 
 CPU = torch.device("cpu")
-SHAPES = {"weight": (70, 333), "bias": (70,), "table": (5, 40, 64)}
+SHAPES = {"weight": (40, 133), "bias": (40,), "table": (3, 10, 64)}
 
 
 class Model(nn.Module):
@@ -90,7 +90,7 @@ def test_files_that_cannot_be_had_are_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ResourceError, match=r"offload_folder=.*folder: 1\d+ bytes are needed, \d+ are free"):
         files.require_space(10**18)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="file.*cannot be written"):
+    with pytest.raises(UsageError, match=r"file.*cannot be written"):
         MappedFiles(tmp_path / "file" / "below").require_space(1)
 
     def full(descriptor: int, first: int, size: int) -> None:
@@ -107,7 +107,7 @@ def test_rounding_by_chance_has_the_right_mean() -> None:
     found = rounded(values, torch.Generator().manual_seed(0))
     assert found.dtype == torch.bfloat16
     assert all(len(row.unique()) <= 2 for row in found)
-    torch.testing.assert_close(found.double().mean(1), values.double().mean(1), rtol=2e-5, atol=0)
+    torch.testing.assert_close(found.double().mean(1), values.double().mean(1), rtol=1e-4, atol=0)
     exact = torch.randn(100).bfloat16().float()
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
     for same in (exact, special):
@@ -148,14 +148,17 @@ def test_masters_get_gradients_in_float32_and_the_model_follows() -> None:
             parameter.copy_(other)
     ours, right = optimizer_for(model), optimizer_for(wide)
     for step in range(3):
+        sums = {name: torch.zeros(parameter.shape) for name, parameter in wide.named_parameters()}
         for number in range(3):
             loss_of(model, step, number).backward()
             assert all(parameter.grad is None for parameter in model.parameters())
             loss_of(wide, step, number).backward()
-        for found, parameter in zip(gradients(model.parameters(), ours), wide.parameters(), strict=True):
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, parameter.grad, rtol=0.02, atol=0.02)
-            parameter.grad = found.clone()
+            for name, parameter in wide.named_parameters():
+                sums[name] += parameter.grad.bfloat16()
+                parameter.grad = None
+        for found, (name, parameter) in zip(gradients(model.parameters(), ours), wide.named_parameters(), strict=True):
+            assert torch.equal(found, sums[name])
+            parameter.grad = sums[name]
         update(ours, learning_rate=1e-2)
         update(right, learning_rate=1e-2)
     kept = masters(model, ours)
@@ -180,7 +183,7 @@ def test_every_precision_goes_on_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: dict[str, Any], filed: bool
 ) -> None:
     monkeypatch.setattr(memory, "SMALLEST", 1)
-    monkeypatch.setattr("moewright.optim.adamw.PIECE", 16 * BLOCK)
+    monkeypatch.setattr("moewright.optim.adamw.PIECE", 8 * BLOCK)
     settings = dict(precision)
     dtype = settings.pop("dtype")
     places = Places(states=MappedFiles(tmp_path)) if filed else None
