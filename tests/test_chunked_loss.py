@@ -28,22 +28,21 @@ def batch() -> Batch:
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_chunks_have_the_loss_and_the_gradients_of_whole_logits(model_type: str) -> None:
     tied = {"tie_word_embeddings": True} if model_type in ("llama", "gemma3_text") else {}
-    model = tiny_model(model_type, **CHANGES.get(model_type, {}), **tied).double()
+    model = tiny_model(model_type, **CHANGES.get(model_type, {}), **tied)
     whole = CausalLanguageModel(dtype="float32").loss(model, batch())
-    assert whole.dtype == torch.float64
     whole.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     chunked = CausalLanguageModel(dtype="float32", chunk_tokens=5)
     loss = chunked.loss(model, batch())
     (loss / 7).backward()
-    assert float(loss) == pytest.approx(float(whole), rel=1e-12)
+    assert float(loss.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(7 * found[name], gradient, rtol=1e-9, atol=1e-11 * float(gradient.abs().max()))
+        torch.testing.assert_close(7 * found[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
     with torch.no_grad():
-        assert float(chunked.loss(model, batch())) == pytest.approx(float(whole), rel=1e-12)
+        assert float(chunked.loss(model, batch())) == pytest.approx(float(whole.detach()), rel=1e-6)
     assert "forward" not in model.__dict__
 
 

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,13 +120,14 @@ def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
         train(config)
     with pytest.raises(UsageError, match="param_dtype=bfloat16 with dtype=float32"):
         make(tmp_path, param_dtype="bfloat16")
-    with pytest.raises(UsageError, match="gradient_checkpointing=True with parallel.recompute=experts"):
+    with pytest.raises(UsageError, match=r"gradient_checkpointing=True with parallel\.recompute=experts"):
         make(tmp_path, ParallelConfig(recompute="experts"), gradient_checkpointing=True)
 
 
 def test_case_39_a_full_disk_is_said_before_any_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make(tmp_path, on_disk(tmp_path, "all"))
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: os.statvfs_result if False else _Usage())
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage() if "fast" in str(path) else usage(path))
     monkeypatch.setattr(ModelFolder, "read", None)
     with pytest.raises(ResourceError, match=r"parallel\.offload_folder = .*fast disk: \d+ bytes are needed, 1000 are"):
         train(config)
@@ -178,12 +182,11 @@ def test_case_39_a_run_never_needs_its_files_again(tmp_path: Path, damage: str) 
         process.kill()
     else:  # someone who finds the files without names all the same
         for link in Path(f"/proc/{process.pid}/map_files").glob("*"):
-            if ".offload-" in os.readlink(link):
-                os.truncate(link, 0)
+            with suppress(FileNotFoundError):  # it has gone meanwhile
+                if ".offload-" in str(link.readlink()):
+                    os.truncate(link, 0)
     assert process.wait(timeout=60) == (-signal.SIGKILL if damage == "killed" else -signal.SIGBUS)
-    done = max(int(path.name.removeprefix("step-")) for path in states.iterdir() if path.name.startswith("step-"))
-    last = {"steps": 200}
+    done = max(int(path.name[5:]) for path in states.iterdir() if re.fullmatch(r"step-\d+", path.name))
     stop_after(replace(config, parallel=None), done + 1)
     stop_after(expected, done + 1)
-    assert last["steps"] > done
     assert metrics(config) == metrics(expected)

@@ -185,7 +185,8 @@ def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
             if state.tensors[saved].shape != parameter.shape:
                 tensors[key] = state.read(saved)
             else:
-                part = torch.empty_like(local_part(parameter))
+                # In its own dtype, which may be more than the parameter's; the optimiser puts it where it belongs.
+                part = torch.empty(local_part(parameter).shape, dtype=state.tensors[saved].dtype)
                 for box in boxes_of(parameter):
                     part[box.local].copy_(state.read(saved, box.whole))
                 tensors[key] = with_part(parameter, part)
