@@ -129,7 +129,7 @@ def test_case_39_a_full_disk_is_said_before_any_weight_is_read(tmp_path: Path, m
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage() if "fast" in str(path) else usage(path))
     monkeypatch.setattr(ModelFolder, "read", None)
-    with pytest.raises(ResourceError, match=r"parallel\.offload_folder = .*fast disk: \d+ bytes are needed, 1000 are"):
+    with pytest.raises(ResourceError, match=r"fast disk: \d+ bytes are needed for what is offloaded there, 1000 are"):
         train(config)
 
 
@@ -182,7 +182,7 @@ def test_case_39_a_run_never_needs_its_files_again(tmp_path: Path, damage: str) 
         process.kill()
     else:  # someone who finds the files without names all the same
         for link in Path(f"/proc/{process.pid}/map_files").glob("*"):
-            with suppress(FileNotFoundError):  # it has gone meanwhile
+            with suppress(FileNotFoundError, ProcessLookupError):  # gone meanwhile
                 if ".offload-" in str(link.readlink()):
                     os.truncate(link, 0)
     assert process.wait(timeout=60) == (-signal.SIGKILL if damage == "killed" else -signal.SIGBUS)

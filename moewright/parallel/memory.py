@@ -85,8 +85,8 @@ class MappedFiles:
                 raise UsageError(f"offload_folder={self.folder}: no files can be made there; name another folder")
         if needed > (free := shutil.disk_usage(self.folder).free):
             raise ResourceError(
-                f"offload_folder={self.folder}: {needed} bytes are needed, {free} are free; make room, or name a "
-                "folder on another disk"
+                f"{self.folder}: {needed} bytes are needed for what is offloaded there, {free} are free; make room, or "
+                "name a folder on another disk"
             )
 
 
