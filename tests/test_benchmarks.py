@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import dispatch, memory, moe_layer, upcycle
+from benchmarks import dispatch, layer_memory, moe_layer, upcycle
 from benchmarks.cases import (
     CASES,
     DTYPES,
@@ -175,7 +175,7 @@ def test_kept_memory_counts_each_storage_once_and_no_parameter() -> None:
 
 
 def test_memory_of_a_pass_holds_its_gradients(tiny: None) -> None:
-    found = memory.measure("dense", "coarse", "fp32", "balanced", 256, "cpu")
+    found = layer_memory.measure("dense", "coarse", "fp32", "balanced", 256, "cpu")
     gradients = 3 * 512 * 2 * 1408 * 4 / 1e6
     assert gradients < found["peak_mb"]
     assert 0 < found["kept_mb"] < gradients

@@ -38,7 +38,7 @@ def gradients_equal_one_process(rank: int, *, ranks: int, dtypes: list[torch.dty
 
 
 def files_hold_the_model(rank: int, *, folder: str) -> None:
-    """Parameters, gradients and states stay in their files, also where FSDP2 pads a shard; noise is that of copies."""
+    """Parameters, gradients and states stay in their files; noise is that of copies."""
     memory.SMALLEST = 1
     settings = ParallelConfig(offload="all", offload_to="disk", offload_folder=folder)
     degrees = Degrees(ranks=2, zero=2)
