@@ -108,6 +108,8 @@ class AdamW(torch.optim.AdamW):
 
     def _moment(self, parameter: nn.Parameter, name: str, like: Tensor) -> Tensor | Blockwise:
         memory, precision = self._memory(parameter), self.precision.moments
+        if isinstance(memory, DeviceMemory):
+            memory = DeviceMemory(memory.device)  # moments never travel, and pinned memory is dear
         if precision == "int8":
             return Blockwise.zeros(tuple(like.shape), signed=name == "exp_avg", memory=memory)
         wide = torch.promote_types(like.dtype, torch.float32)

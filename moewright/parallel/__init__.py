@@ -1,1 +1,1 @@
-"""The model on several ranks: config, ranks, mesh, experts, shard, memory, offload, recompute, parts, gradients, apply."""
+"""The model on several ranks, and what of it lies where: mesh, experts, shard, memory, offload, recompute, apply."""
