@@ -12,6 +12,7 @@ card, and what is offloaded goes to the host's memory: this way has not been run
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -57,6 +58,8 @@ from moewright.train.objective import CausalLanguageModel
 
 RESULTS: Final = Path(__file__).parent / "results"
 OFFLOADS: Final = ("none", "optimizer", "experts", "all")
+M_MMAP_THRESHOLD: Final = -3
+"""Of `mallopt`, from glibc's malloc.h."""
 MB: Final = 10**6
 NO_ROOM: Final = ("memory", "bad_alloc", "Cannot allocate")
 
@@ -159,6 +162,8 @@ def attempt(sizes: Sizes, layers: int, offload: str, folder: str, device: str, b
     """In a process of its own: what the steps took, None where the budget is too small."""
     where = torch.device(device)
     torch.set_num_threads(1)
+    # What is freed goes back to the system, and leaves no holes in the heap, which would count: for all rows alike.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)
     two_steps(SMALL, 1, offload, folder, where)  # libraries are loaded and threads started when the counting begins
     before = status_bytes("RssAnon")
     if device == "cpu":
@@ -189,9 +194,9 @@ def attempt(sizes: Sizes, layers: int, offload: str, folder: str, device: str, b
 
 
 def largest(sizes: Sizes, offload: str, folder: str, device: str, budget: int, *, most: int) -> dict[str, Any]:
-    """By doubling and bisection; `most` layers at most."""
+    """By doubling and bisection; `most` layers at most, which `all` begins with."""
     best: dict[str, Any] | None = None
-    low, high, layers = 0, most + 1, 1 if offload == "none" else min(8, most)
+    low, high, layers = 0, most + 1, {"none": 1, "all": most}.get(offload, min(8, most))
     while high - low > 1:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as processes:
             try:
@@ -245,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a smaller budget and model, no file")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--offloads", default=",".join(OFFLOADS), help="with commas, none first")
     parser.add_argument("--budget", type=int, default=256, help="MB of the device")
     parser.add_argument("--most", type=int, default=16, help="end the search at so many times the layers of none")
     parser.add_argument("--folder", type=Path, help="where files of tensors lie; by default the system's for such")
@@ -255,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     content["machine"]["load"] = round(os.getloadavg()[0], 1)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         content["settings"] = {"budget_mb": budget // MB, "sizes": vars(sizes), "disk": _disk(folder)}
-        for offload in OFFLOADS:
+        for offload in options.offloads.split(","):
             most = 512 if not rows else options.most * rows[0]["layers"]
             rows.append(largest(sizes, offload, folder, options.device, budget, most=most))
     content["rows"] = rows
