@@ -317,11 +317,14 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
                 worst = [max(case[name] for case in row["cases"].values()) for name in (*CLASSES, "norm", "loss")]
                 lines.append(f"| {row['layout']} | " + " | ".join(f"{value:.0e}" for value in worst) + " |")
         parts[f"parity {dtype}"] = "\n".join(lines)
-    lines = [f"| layout | dtype | {' | '.join(MEMORY)} |", "|---|---|" + " ---: |" * len(MEMORY)]
-    for row in result["memory"]:
-        worst = [max(row["cases"][name].values()) for name in MEMORY]
-        lines.append(f"| {row['layout']} | {row['dtype']} | " + " | ".join(f"{value:.0e}" for value in worst) + " |")
-    parts["parity memory"] = "\n".join(lines)
+    if rows := result.get("memory", []):  # results of before these cases have none
+        lines = [f"| layout | dtype | {' | '.join(MEMORY)} |", "|---|---|" + " ---: |" * len(MEMORY)]
+        for row in rows:
+            worst = [max(row["cases"][name].values()) for name in MEMORY]
+            lines.append(
+                f"| {row['layout']} | {row['dtype']} | " + " | ".join(f"{value:.0e}" for value in worst) + " |"
+            )
+        parts["parity memory"] = "\n".join(lines)
     made, cases = result["made"], result["rows"][0]["cases"]
     parts["parity made"] = (
         f"The largest over {len(cases)} cases ({'; '.join(cases)}), two optimiser steps each, before and after "
