@@ -12,8 +12,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -35,9 +35,11 @@ from moewright.optim.adamw import gradients, make_optimizer, update
 from moewright.parallel import memory
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees, ParallelConfig
+from moewright.parallel.experts import local_part
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import Meshes, make_meshes
 from moewright.parallel.offload import offload_of
+from moewright.parallel.parts import boxes_of, whole
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.recompute import recompute
 from moewright.train.objective import CausalLanguageModel
@@ -46,7 +48,7 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "parity.json"
 PAGE = HERE.parent / "docs" / "parallelism.md"
 CLASSES = ("router", "experts", "shared", "attention", "norms", "embeddings")
-D, E, V, S = 32, 8, 64, 12
+D, E, V, S, HEADS = 32, 8, 64, 12, 2
 CLIP, STEPS = 0.05, 2
 EPS = 1e-3
 """AdamW's: with 1e-8 a weight whose gradient is nothing but rounding moves by the whole rate, this way or that."""
@@ -100,19 +102,32 @@ MEMORY = {
 """Cases of what is kept where."""
 
 
-def layouts(ranks: int) -> Iterator[Degrees]:
-    """Every layout on so many ranks, with every `ep`, ZeRO stage and number of copies."""
+def layouts(ranks: int) -> list[Degrees]:
+    """Of all layouts so many that any two values that degrees can have together occur together."""
+    left = {degrees: set(combinations(asdict(degrees).items(), 2)) for degrees in every_layout(ranks)}
+    wanted, chosen = set[Any]().union(*left.values()), []
+    while wanted:
+        best = max(left, key=lambda degrees: len(left[degrees] & wanted))
+        chosen.append(best)
+        wanted -= left.pop(best)
+    return [degrees for degrees in every_layout(ranks) if degrees in chosen]
+
+
+def every_layout(ranks: int) -> Iterator[Degrees]:
+    """Every layout on so many ranks: ZeRO stage, slices of dense parts, of experts, and number of copies."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    for zero in range(4):
-        for copies in [n for n in divisors if n < ranks] if zero else [ranks]:
-            for ep in divisors:
-                if not zero or ranks // copies % ep == 0:
-                    yield Degrees(ranks=ranks, ep=ep, dp_replicate=copies, zero=zero)
+    for zero, tp, etp, ep, copies in product(range(4), divisors, divisors, divisors, divisors):
+        data = ranks // tp
+        possible = (copies < data or data == 1) if zero else copies == data
+        if possible and HEADS % tp == data % copies == (ranks // copies if zero else ranks) % (ep * etp) == 0:
+            yield Degrees(ranks=ranks, tp=tp, ep=ep, etp=etp, dp_replicate=copies, zero=zero)
 
 
 def describe(degrees: Degrees) -> str:
     copies = f", {degrees.dp_replicate} copies" if degrees.zero and degrees.dp_replicate > 1 else ""
-    return f"{degrees.layout}: {degrees.ranks} ranks, ep {degrees.ep}, zero {degrees.zero}{copies}"
+    tp = f"tp {degrees.tp}, " if degrees.tp > 1 else ""
+    etp = f", etp {degrees.etp}" if degrees.etp > 1 else ""
+    return f"{degrees.layout}: {degrees.ranks} ranks, {tp}ep {degrees.ep}{etp}, zero {degrees.zero}{copies}"
 
 
 def sparse_model(case: Case, dtype: torch.dtype, recomputed: str = "none") -> PreTrainedModel:
@@ -120,7 +135,7 @@ def sparse_model(case: Case, dtype: torch.dtype, recomputed: str = "none") -> Pr
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", hidden_size=D, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=V, tie_word_embeddings=case.tied,
+        num_key_value_heads=HEADS, vocab_size=V, tie_word_embeddings=case.tied,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     settings = {"hidden_size": D, "expert_size": 16, "num_experts": E, "top_k": 2}
@@ -170,7 +185,7 @@ def dealt(case: Case, ranks: int, *, step: int) -> tuple[list[list[Part]], int]:
 
 def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: Parallel, chunk: int) -> Tensor:
     """Leave the gradient of these micro-batches, and return their part of the loss."""
-    routing, total = routing_step(model, parallel.ranks.group), torch.zeros(())
+    routing, total = routing_step(model, parallel.ranks.group, copies=parallel.ranks.tp), torch.zeros(())
     for number, part in enumerate(parts, start=1):
         routing.begin_micro_batch({"decoder": part.share})
         wanted = functional.pad(torch.where(part.mask, part.ids, IGNORE)[:, 1:], (0, 1), value=IGNORE)
@@ -203,7 +218,7 @@ def steps_of(
         group["eps"] = EPS
     for parts, targets in batches:
         loss = backward(model, parts, targets, parallel, chunk)
-        found = {name: whole(of(p)) for name, p in model.named_parameters()}
+        found = {name: copy_of(of(p)) for name, p in model.named_parameters()}
         numbers = clip_gradients(
             model.parameters(),
             max_norm=CLIP,
@@ -211,14 +226,17 @@ def steps_of(
             ranks=parallel.ranks,
             gradients=gradients(model.parameters(), optimizer),
         )
-        clipped = {name: whole(of(p)) for name, p in model.named_parameters()}
+        clipped = {name: copy_of(of(p)) for name, p in model.named_parameters()}
         update(optimizer, learning_rate=1e-3)
-        yield found, clipped, {name: whole(p.detach()) for name, p in model.named_parameters()}, numbers
+        yield found, clipped, {name: copy_of(p.detach()) for name, p in model.named_parameters()}, numbers
 
 
-def whole(gradient: Tensor | None) -> Tensor:
+def copy_of(gradient: Tensor | None) -> Tensor:
     assert gradient is not None, "a parameter has no gradient"
-    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+    joined = whole(gradient)
+    for box in boxes_of(gradient):
+        assert torch.equal(local_part(gradient)[box.local], joined[box.whole]), "ranks hold different copies"
+    return joined.clone()
 
 
 def class_of(name: str) -> str:
@@ -244,17 +262,18 @@ def meshes(degrees: Degrees) -> Meshes:
 
 def errors(name: str, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of a case by class of parameters over its steps, of the norm and of the loss."""
-    case, ranks, me = (CASES | MEMORY)[name], degrees.ranks, dist.get_rank()
-    right = on_one_process(name, ranks, dtype)
+    case = (CASES | MEMORY)[name]
+    ranks = Ranks(rank=dist.get_rank(), size=degrees.ranks, tp=degrees.tp)
+    right = on_one_process(name, ranks.data_size, dtype)
     model = sparse_model(case, dtype, case.memory.recompute)
     memory.SMALLEST = 1  # here even the smallest tensor has its file
     offload = offload_of(case.memory, torch.device("cpu"))
     apply(model, meshes(degrees), offload=offload)
     offload.put(model)
     offload.bring_ahead(model)
-    parallel = Parallel(ranks=Ranks(rank=me, size=ranks), degrees=degrees, offload=offload)
-    batches = [dealt(case, ranks, step=step) for step in range(STEPS)]
-    here = steps_of(model, [(parts[me], targets) for parts, targets in batches], parallel, case.chunk)
+    parallel = Parallel(ranks=ranks, degrees=degrees, offload=offload)
+    batches = [dealt(case, ranks.data_size, step=step) for step in range(STEPS)]
+    here = steps_of(model, [(parts[ranks.data_rank], targets) for parts, targets in batches], parallel, case.chunk)
 
     found = dict.fromkeys((*CLASSES, "norm", "loss"), 0.0)
     for (*ours, numbers), (*ones, numbers_1) in zip(here, right, strict=True):

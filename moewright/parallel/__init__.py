@@ -1,1 +1,1 @@
-"""The model on several ranks, and what of it lies where: mesh, experts, shard, memory, offload, recompute, apply."""
+"""The model on several ranks, and what of it lies where: mesh, tensor, experts, shard, offload, recompute, apply."""

@@ -1,4 +1,4 @@
-"""Putting a model on several ranks, from outside, in one order: divide the experts, then shard everything."""
+"""Putting a model on several ranks, from outside, in one order: slice the dense parts, divide the experts, shard."""
 
 from dataclasses import dataclass, field
 from typing import Final
@@ -15,6 +15,7 @@ from moewright.parallel.mesh import Meshes
 from moewright.parallel.offload import Offload
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.shard import reduce_gradients_at_the_end, reshard, shard
+from moewright.parallel.tensor import slice_dense
 
 NOTHING: Final = Offload()
 """Everything on the device."""
@@ -23,8 +24,10 @@ NOTHING: Final = Offload()
 def apply(model: PreTrainedModel, meshes: Meshes, *, offload: Offload = NOTHING) -> None:
     """Put `model` on the ranks of `meshes`; every rank calls it, and the model is changed in place.
 
-    1. Experts: each rank of the axis `ep` keeps its own, and the layers' exchange becomes an all-to-all.
-    2. Sharding: the experts on the other axes of their mesh, the blocks and what is outside of them on the dense mesh.
+    1. Dense parts: each rank of the axis `tp` keeps its slice.
+    2. Experts: each rank keeps its own of the axis `ep`, and of `etp` its slice of them; the layers' exchange becomes
+       an all-to-all. Ranks of one `tp` group have the same tokens, of which each sends its share.
+    3. Sharding: the experts on the other axes of their mesh, the blocks and what is outside of them on the dense mesh.
 
     Recomputation is turned on before, by `recompute`. The model may be a skeleton on meta, which `fill` with
     `parts.boxes_of` and `parts.with_part` then gives each rank's part; or a live one, on its device and the same on all
@@ -34,16 +37,18 @@ def apply(model: PreTrainedModel, meshes: Meshes, *, offload: Offload = NOTHING)
     What `offload` has outside of the device comes there for each pass of a block. It is put outside by `fill` with
     `offload.with_part(model)` in place of `parts.with_part`, or of a live model by `offload.put(model)`.
 
-    Raises UsageError for a layer whose experts `ep` does not divide.
+    Raises UsageError for a layer whose experts `ep` does not divide, or whose width `etp` does not, and for what
+    `tensor.slice_dense` refuses.
     """
     layers = moe_layers(model)
     for number, layer in layers.items():
-        if layer.config.num_experts % meshes.degrees.ep:
-            raise UsageError(
-                f"ep={meshes.degrees.ep}: layer {number} has {layer.config.num_experts} experts; choose a divisor"
-            )
+        sizes = {"ep": (layer.config.num_experts, "experts"), "etp": (layer.config.expert_size, "units an expert")}
+        for name, (size, what) in sizes.items():
+            if size % (degree := getattr(meshes.degrees, name)):
+                raise UsageError(f"{name}={degree}: layer {number} has {size} {what}; choose a divisor")
+    slice_dense(model, meshes.dense["tp"])
     for layer in layers.values():
-        divide_experts(layer, meshes.experts["ep"])
+        divide_experts(layer, meshes)
     places = family_of(model.config).places(model.config)
     blocks = [model.get_submodule(place.layer) for place in places]
     shard(model, blocks, layers.values(), meshes, offload=offload)

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from moewright.parallel.experts import local_part
+from moewright.parallel.parts import copy_of
 from moewright.parallel.ranks import Ranks
 
 
@@ -22,8 +22,9 @@ def clip_gradients(
 ) -> tuple[float, float]:
     """Scale the whole gradient down to `max_norm` (0: leave it) where it is larger; returns loss and norm.
 
-    `loss` is this rank's part of the step's, 0-dim. Each element of the gradient counts once, however many ranks hold
-    it; one reduction over the ranks adds up squares and loss. A gradient that is not finite has such a norm on all.
+    `loss` is the part of the step's that these rows have, 0-dim. Each element of the gradient counts once, however many
+    ranks hold it, and so do the rows; one reduction over the ranks adds up squares and loss. A gradient that is not
+    finite has such a norm on all.
     `gradients` are those of the parameters where `grad` does not have them, on whatever device.
     """
     if gradients is None:
@@ -32,26 +33,18 @@ def clip_gradients(
     if ranks.size == 1:
         mine = [local_part(gradient) for gradient in gradients]
         whole = nn.utils.get_total_norm(mine)
-        factor = max_norm / (whole + 1e-6)  # as in torch's clip_grad_norm_, to the last bit
+        factor = max_norm / (whole + 1e-6)  # as in torch's own function, to the last bit
         if max_norm and factor < 1:
             for gradient in mine:
                 gradient.mul_(factor.to(gradient.device))
         return float(loss), float(whole)
     squares = loss.new_zeros((), dtype=torch.float64)
     for gradient in gradients:
-        square = torch.linalg.vector_norm(local_part(gradient)).double().square() / _copies(gradient, ranks)
+        square = torch.linalg.vector_norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
         squares += square.to(squares.device)
-    total, square = ranks.totals(torch.stack([loss.double(), squares])).tolist()
+    total, square = ranks.totals(torch.stack([loss.double() / ranks.tp, squares])).tolist()
     norm = math.sqrt(square)
     if max_norm and norm > max_norm:
         for gradient in gradients:
             local_part(gradient).mul_(max_norm / (norm + 1e-6))
     return total, norm
-
-
-def _copies(gradient: Tensor, ranks: Ranks) -> int:
-    """How many ranks hold the same part of a gradient."""
-    if not isinstance(gradient, DTensor):
-        return ranks.size
-    sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
-    return math.prod(size for placement, size in sizes if isinstance(placement, Replicate))

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moewright.moe.layer import MoELayer
+from moewright.parallel.config import Degrees
 from moewright.parallel.memory import DeviceMemory
 from moewright.parallel.mesh import Meshes
 from moewright.parallel.offload import Offload
@@ -50,14 +50,14 @@ def shard(
         sums = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
         experts_options, dense_options = experts_options | sums, dense_options | sums
     experts_mesh = meshes.experts["replicate", "shard"] if degrees.expert_replicate > 1 else meshes.experts["shard"]
-    dense_mesh = meshes.dense if degrees.dp_replicate > 1 else meshes.dense["shard"]
+    dense_mesh = meshes.dense["replicate", "shard"] if degrees.dp_replicate > 1 else meshes.dense["shard"]
     layers, blocks = list(layers), list(blocks)
     for layer in layers:
         fully_shard(
             layer.experts,
             mesh=experts_mesh,
             **experts_options,
-            shard_placement_fn=lambda parameter: _placement(parameter, meshes.experts["shard"], degrees.ep),
+            shard_placement_fn=lambda parameter: _placement(parameter, degrees),
         )
     for block in blocks:
         fully_shard(block, mesh=dense_mesh, **dense_options)
@@ -88,8 +88,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _placement(parameter: nn.Parameter, mesh: DeviceMesh, ep: int) -> Shard:
-    """Experts as a whole where they divide, else the rows of each."""
-    experts = parameter.shape[0] // ep
-    by_rows = experts % mesh.size() != 0 and parameter.shape[1] % mesh.size() == 0
-    return Shard(1 if by_rows else 0)
+def _placement(parameter: nn.Parameter, degrees: Degrees) -> Shard:
+    """Experts as a whole where they divide, else a dim of each that is not sliced already and does."""
+    assert isinstance(parameter, DTensor), "experts were divided before"
+    ranks, sliced = degrees.expert_fsdp, [placement.dim for placement in parameter.placements]  # type: ignore[attr-defined]
+    if parameter.shape[0] // degrees.ep % ranks:
+        for dim in range(1, parameter.dim()):
+            if dim not in sliced and parameter.shape[dim] % ranks == 0:
+                return Shard(dim)
+    return Shard(0)

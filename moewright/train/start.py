@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moewright.backbone.blocks import configure, moe_layers
+from moewright.backbone.blocks import configure, moe_configs, moe_layers
 from moewright.backbone.device import device_of
 from moewright.backbone.formats.base import Format
 from moewright.backbone.load import FolderSource, fill, open_skeleton
@@ -39,6 +39,7 @@ from moewright.parallel.offload import Offload, offload_of, ranks_here
 from moewright.parallel.parts import boxes_of
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.recompute import recompute
+from moewright.parallel.tensor import sliced_sizes
 from moewright.train.config import RunConfig, TrainConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
 from moewright.upcycle.apply import file_digests, upcycling_of
@@ -133,9 +134,16 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
     Raises UsageError for degrees that do not fit the ranks or the experts, and ResourceError for a disk without room
     for what is offloaded to it.
     """
-    experts = [layer.config.num_experts for layer in moe_layers(model).values()]
+    layers = list(moe_configs(model).values())
+    experts, sliced = [layer.num_experts for layer in layers], sliced_sizes(model.config, moe_configs(model))
     with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
-        degrees = resolve(config.parallel, ranks=ranks.size, experts=experts)
+        degrees = resolve(
+            config.parallel,
+            ranks=ranks.size,
+            experts=experts,
+            widths=[layer.expert_size for layer in layers],
+            sliced=sliced,
+        )
     settings = config.parallel or ParallelConfig()
     offload = offload_of(settings, ranks.device)
     if settings.offload != "none" and offload.memory is None:
@@ -147,12 +155,15 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
     if ranks.size > 1:
         ranks.meet()  # no rank makes a mesh while another one has failed before
         note(table(degrees, experts=max(experts, default=0)))
+        if config.parallel is not None and config.parallel.slices and config.parallel.tp is None and degrees.tp == 1:
+            what = ", ".join(f"{size} {name}" for name, size in sliced.items())
+            note(f"without tensor slicing: nothing but 1 divides {ranks.size} ranks, {what}")
     if needs_group(config, ranks.device) or ranks.size > 1:
         apply(model, make_meshes(degrees, device_type=ranks.device.type), offload=offload)
     if isinstance(offload.memory, MappedFiles):
         with settings_written(["offload_folder"], write=lambda name: f"parallel.{name} = "):
             offload.memory.require_space(ranks_here(ranks.size) * _bytes_outside(model, offload, config.train))
-    return Parallel(ranks=ranks, degrees=degrees, offload=offload)
+    return Parallel(ranks=replace(ranks, tp=degrees.tp), degrees=degrees, offload=offload)
 
 
 def needs_group(config: RunConfig, device: torch.device) -> bool:
