@@ -94,9 +94,9 @@ class CausalLanguageModel:
 
     def _in_chunks(self, model: PreTrainedModel, targets_N: Tensor, hidden_BSD: Tensor, head: nn.Module) -> Tensor:
         hidden_ND, logits_of = hidden_BSD.flatten(0, 1), logits_map(model)
-        assert isinstance(head, nn.Linear)
         if isinstance(head.weight, DTensor):  # sliced by rows of the vocabulary: its forward knows how to go on
             return _whole_loss(logits_of(head(hidden_ND)), targets_N)
+        assert isinstance(head, nn.Linear)
         options: dict[str, Any] = {"chunk": self.chunk_tokens, "ignored": IGNORE, "logits_of": logits_of}
         return chunked_loss(hidden_ND, head.weight, head.bias, targets_N, **options)
 
