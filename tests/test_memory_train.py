@@ -107,6 +107,7 @@ def test_chunks_of_the_loss_change_nothing_but_rounding(tmp_path: Path) -> None:
         ({"offload": "all", "offload_to": "disk"}, "offload_to=disk without offload_folder"),
         ({"offload": "all", "offload_folder": "x"}, "offload_folder=x with offload_to=cpu"),
         ({"offload_to": "disk", "offload_folder": "x"}, "offload_to=disk with offload=none: choose one of optimizer"),
+        ({"layout": "E+Z-Off+M", "offload": "none"}, "offload=none with layout=E.Z-Off.M: choose one of optimizer"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -38,8 +38,9 @@ class ParallelConfig:
     zero: int | None = None
     """ZeRO stage: 0 shards nothing, 1 optimiser states, 2 gradients too, 3 parameters too; by default 2 with +Z."""
 
-    offload: Literal["none", "optimizer", "experts", "all"] = "none"
-    """What is kept outside of the device: optimiser states; or of the experts, or of all, weights and gradients too."""
+    offload: Literal["none", "optimizer", "experts", "all"] | None = None
+    """What is kept outside of the device: optimiser states; or of the experts, or of all, weights and gradients too; by
+    default none, and with E+Z-Off+M optimizer."""
 
     offload_to: Literal["cpu", "disk"] = "cpu"
     """Where: in the host's memory, or in files in `offload_folder`."""
@@ -62,8 +63,10 @@ class ParallelConfig:
             raise UsageError("offload_to=disk without offload_folder: name a folder with room for it")
         if self.offload_folder and self.offload_to != "disk":
             raise UsageError(f"offload_folder={self.offload_folder} with offload_to=cpu: set offload_to=disk")
-        if self.offload_to == "disk" and self.offload == "none":
+        if self.offload_to == "disk" and self.offloaded == "none":
             raise UsageError("offload_to=disk with offload=none: choose one of optimizer, experts, all")
+        if self.layout == "E+Z-Off+M" and self.offloaded == "none":
+            raise UsageError("offload=none with layout=E+Z-Off+M: choose one of optimizer, experts, all")
         if self.layout is not None and (other := self._contradicted(self.layout)):
             raise UsageError(f"{other}, or leave one of them out")
         for name in ("dp_replicate", "fsdp"):
@@ -92,6 +95,11 @@ class ParallelConfig:
     def stage(self) -> int:
         """The ZeRO stage."""
         return LAYOUTS[self.layout or "E+D"] if self.zero is None else self.zero
+
+    @property
+    def offloaded(self) -> str:
+        """What is kept outside of the device."""
+        return self.offload or ("optimizer" if self.layout == "E+Z-Off+M" else "none")
 
     @property
     def slices(self) -> bool:

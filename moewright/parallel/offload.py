@@ -125,11 +125,11 @@ def _expecting_in_backward(tensors: Sequence[Tensor]) -> Callable[[nn.Module, An
 
 def offload_of(config: ParallelConfig, device: torch.device) -> Offload:
     """What the settings say for a run on this device."""
-    if config.offload == "none" or (config.offload_to == "cpu" and device.type == "cpu"):
+    if config.offloaded == "none" or (config.offload_to == "cpu" and device.type == "cpu"):
         return Offload()
     if config.offload_to == "disk":
-        return Offload(what=config.offload, memory=MappedFiles(Path(config.offload_folder)))
-    return Offload(what=config.offload, memory=DeviceMemory(HOST, pinned=True))
+        return Offload(what=config.offloaded, memory=MappedFiles(Path(config.offload_folder)))
+    return Offload(what=config.offloaded, memory=DeviceMemory(HOST, pinned=True))
 
 
 def ranks_here(ranks: int) -> int:

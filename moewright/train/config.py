@@ -226,7 +226,7 @@ def ignored_settings(config: RunConfig, *, sparse: bool) -> list[str]:
         ignored.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
     if train.param_dtype == "float32" and train.masters != TrainConfig.masters:
         ignored.append(("train.masters", train.masters, "train.param_dtype is float32"))
-    if not sparse and config.parallel and "experts" in (config.parallel.recompute, config.parallel.offload):
+    if not sparse and config.parallel and "experts" in (config.parallel.recompute, config.parallel.offloaded):
         name = "recompute" if config.parallel.recompute == "experts" else "offload"
         ignored.append((f"parallel.{name}", "experts", "the model has no mixture-of-experts layers"))
     if train.schedule == "constant" and train.min_learning_rate_ratio != TrainConfig.min_learning_rate_ratio:

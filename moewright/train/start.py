@@ -42,8 +42,13 @@ from moewright.parallel.recompute import recompute
 from moewright.parallel.tensor import sliced_sizes
 from moewright.train.config import RunConfig, TrainConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
-from moewright.upcycle.apply import file_digests, upcycling_of
+from moewright.upcycle.apply import Upcycling, file_digests
 from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.measure import measure
+from moewright.upcycle.plan import UpcyclePlan
+
+Values = tuple[TensorSource, dict[str, Any]]
+"""The values of a model's tensors, and the record of where they come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ def start(
     process.
 
     Raises UsageError, ModelError and DataError for all that can be wrong with model or text, ResourceError for a disk
-    without room for the result; then no weights were read, unless upcycling measures on them.
+    without room for the result; then no weights were read, unless the text is at fault that upcycling measures on.
     """
     with _as_keys(config.moe, table="moe"):
         if config.moe.kernel != "auto":
@@ -91,7 +96,7 @@ def start(
     _require_possible(config.data, source)
     sources = text_digests(config.data)
 
-    model, written_as, tensors, record = _skeleton(config, source)
+    model, written_as, values = _skeleton(config, source)
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)
     require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in written_as.slots(model)))
@@ -101,6 +106,7 @@ def start(
     tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
     rows, held_out = _read_rows(config.data, tokenizer, seed=config.train.seed, cache_dir=cache_dir)
 
+    tensors, record = values()
     with_part = parallel.offload.with_part(model)
     fill(model, written_as, tensors, device=device, boxes_of=boxes_of, with_part=with_part)
     parallel.offload.bring_ahead(model)
@@ -146,9 +152,9 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
         )
     settings = config.parallel or ParallelConfig()
     offload = offload_of(settings, ranks.device)
-    if settings.offload != "none" and offload.memory is None:
+    if settings.offloaded != "none" and offload.memory is None:
         warnings.warn(
-            f"parallel.offload = {settings.offload} is ignored: on a CPU the host's memory is the device's; "
+            f"parallel.offload = {settings.offloaded} is ignored: on a CPU the host's memory is the device's; "
             "set parallel.offload_to = disk",
             stacklevel=2,
         )
@@ -168,7 +174,7 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
 
 def needs_group(config: RunConfig, device: torch.device) -> bool:
     """Whether a process alone needs a group of one: parameters outside of a GPU are brought there by `fully_shard`."""
-    return device.type == "cuda" and config.parallel is not None and config.parallel.offload in ("experts", "all")
+    return device.type == "cuda" and config.parallel is not None and config.parallel.offloaded in ("experts", "all")
 
 
 def precision_of(settings: TrainConfig) -> Precision:
@@ -199,23 +205,35 @@ def _bytes_outside(model: PreTrainedModel, offload: Offload, settings: TrainConf
     return math.ceil(total)
 
 
-def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, TensorSource, dict[str, Any]]:
-    """The model with its parameters on meta, the format and the source of its tensors, and its record."""
+def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, Callable[[], Values]]:
+    """The model with its parameters on meta, the format of its tensors, and a call that gives their values.
+
+    What upcycling measures it measures in that call: all that can be refused without a weight is refused before.
+    """
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.train.param_dtype]
     if config.upcycle is None:
         model, written_as = open_skeleton(source, dtype=dtype)
-        tensors: TensorSource = FolderSource(source)
-        record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
+
+        def values() -> Values:
+            record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
+            return FolderSource(source), record
+
     else:
-        with _as_keys(config.upcycle, table="upcycle"):
-            upcycling = upcycling_of(config.model, config.upcycle, dtype=dtype)
-        model, written_as, tensors = upcycling.model, upcycling.format, upcycling.tensors
-        record = record_of(upcycling, [])
+        upcycle = config.upcycle
+        with _as_keys(upcycle, table="upcycle"):
+            plan = UpcyclePlan(source, upcycle, dtype=dtype)
+        model, written_as = plan.model, plan.format
+
+        def values() -> Values:
+            with _as_keys(upcycle, table="upcycle"):
+                upcycling = Upcycling(plan, measure(plan))
+            return upcycling.tensors, record_of(upcycling, [])
+
     if model.config.is_encoder_decoder:
         raise UsageError(
             f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
         )
-    return model, written_as, tensors, record
+    return model, written_as, values
 
 
 def _as_keys(settings: MoESettings | UpcycleConfig, *, table: str) -> AbstractContextManager[None]:
