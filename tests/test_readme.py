@@ -19,7 +19,7 @@ from moewright.options.verbs import VERBS
 from tests.models import write_dense
 
 README = Path(__file__).parents[1] / "README.md"
-MOEWRIGHT = Path(sysconfig.get_path("scripts")) / "moewright"
+SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 # The sizes of the README's run are hours on a CPU; the tiny model also has no more than 128 positions.
 SMALL = {
@@ -34,23 +34,25 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The words of each ``moewright`` command but ``demo``; a line of a kind that this test does not know fails it."""
+    """The words of each command that runs moewright; a line of a kind that this test does not know fails it."""
     lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     written = [words for line in lines if (words := shlex.split(line, comments=True))]
     kinds = {Path(words[0]).name for words in written}
-    assert kinds <= {"make", "moewright", "git", "cd", "source"}, f"README has commands that no test runs: {kinds}"
-    return [words[1:] for words in written if Path(words[0]).name == "moewright" and words[1] != "demo"]
+    assert kinds <= {"make", "moewright", "torchrun", "git", "cd"}, f"README has commands that no test runs: {kinds}"
+    tools = ("moewright", "torchrun")
+    return [words for words in written if Path(words[0]).name in tools and words[1] != "demo"]
 
 
 def test_the_readme_shows_every_verb() -> None:
     shown = [" ".join(words) for words in commands()]
-    missing = [verb.name for verb in VERBS if not any(line.startswith(f"{verb.name} ") for line in shown)]
+    missing = [verb.name for verb in VERBS if not any(line.startswith(f"moewright {verb.name} ") for line in shown)]
     assert missing == ["demo"], "it has its own, slow, test"
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    write_dense(tmp_path / "SmolLM2-135M", tie_word_embeddings=True)
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}  # as many as SmolLM2 has
+    write_dense(tmp_path / "SmolLM2-135M", tie_word_embeddings=True, hidden_size=72, intermediate_size=96, **heads)
     (tmp_path / "corpus").mkdir()
     for index in range(12):
         lines = [f"def f{line}(x):\n    return x + {index * line}\n" for line in range(40)]
@@ -63,20 +65,21 @@ def place(tmp_path: Path) -> Path:
 
 def test_the_readme_commands_run(place: Path) -> None:
     for words in commands():
-        arguments = [name for word in words for name in expand(word, place)] + SMALL.get(words[0], "").split()
+        tool, *arguments = [name for word in words for name in expand(word, place)]
+        arguments += next((options for verb, options in SMALL.items() if verb in words), "").split()
         done = subprocess.run(
-            [MOEWRIGHT, *arguments],
+            [SCRIPTS / tool, *arguments],
             cwd=place,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, f"moewright {shlex.join(arguments)}\n{done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{tool} {shlex.join(arguments)}\n{done.stdout}{done.stderr}"
         if "--json" in words:
             json.loads(done.stdout)
         else:
-            assert done.stdout.strip(), f"moewright {shlex.join(arguments)} printed nothing"
+            assert done.stdout.strip(), f"{tool} {shlex.join(arguments)} printed nothing"
 
 
 def expand(word: str, folder: Path) -> list[str]:
