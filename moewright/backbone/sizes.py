@@ -25,7 +25,7 @@ def parameter_counts(model: PreTrainedModel) -> Counts:
     """Count the parameters of a dense or sparse model, on any device."""
     total = sum(parameter.numel() for parameter in model.parameters())
     idle = sum(
-        (moe.config.num_experts - moe.config.top_k) * sum(weight[0].numel() for weight in moe.experts.parameters())
+        (moe.config.num_experts - moe.config.top_k) * sum(w.numel() // len(w) for w in moe.experts.parameters())
         for moe in moe_layers(model).values()
     )
     embedding = 0 if has_tied_head(model) else embedding_of(model).numel()
