@@ -1,0 +1,44 @@
+"""Every private name of torch that we use. Checked with torch 2.13.0."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+import torch.distributed._tools.fake_collectives  # registers what collectives return of tensors without memory
+from torch import distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+REDUCTIONS: Final = ("sum", "avg", "product", "min", "max")
+
+
+@contextmanager
+def simulated_ranks(ranks: int) -> Iterator[None]:
+    """Make this process the first of so many whose collectives do nothing; there must be no process group yet."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def without_memory() -> FakeTensorMode:
+    """A context in which tensors are made, and computed with, that have a device and no memory."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def group_name(argument: Any) -> str | None:
+    """The name of the process group that is an argument of a collective operator; None for other arguments."""
+    if isinstance(argument, str):
+        return None if argument in REDUCTIONS else argument
+    if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+        return str(dist.ProcessGroup.unbox(argument).group_name)
+    return None
+
+
+def group_size(name: str) -> int:
+    """The number of ranks of a group."""
+    return int(_resolve_process_group(name).size())

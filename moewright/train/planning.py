@@ -1,0 +1,67 @@
+"""A run file as the planner's input: the model without its weights, and what a step does."""
+
+from dataclasses import fields
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moewright.backbone.blocks import configure
+from moewright.backbone.formats.choose import is_sparse
+from moewright.backbone.graft import graft
+from moewright.backbone.load import described
+from moewright.checkpoint.read import read_description
+from moewright.data.pack import Batch
+from moewright.errors import ModelError, UsageError, settings_written
+from moewright.family.table import family_of
+from moewright.optim.adamw import make_optimizer
+from moewright.plan.devices import Workload
+from moewright.train.config import RunConfig
+from moewright.train.objective import CausalLanguageModel
+from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.plan import sparse_layers
+
+
+def skeleton_of(config: RunConfig) -> PreTrainedModel:
+    """The model that a run trains, float32 with its parameters on meta; its folder needs no more than a config.json.
+
+    Raises ModelError and UsageError for a model that cannot be made, or trained.
+    """
+    if config.upcycle is not None and is_sparse(read_description(config.model)[0]):
+        raise ModelError(f"{config.model} is already a mixture of experts; leave the table [upcycle] out")
+    model = described(config.model, dtype=torch.float32)
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"{config.model}: training an encoder-decoder is not supported yet")
+    if config.upcycle is not None:
+        names = [field.name for field in fields(UpcycleConfig)]
+        with settings_written(names, write=lambda name: f"upcycle.{name} = "):
+            resolved = config.upcycle.resolved(hidden_size=model.config.hidden_size)
+            graft(model, sparse_layers(resolved, family_of(model.config), model.config))
+    configure(model, **{field.name: getattr(config.moe, field.name) for field in fields(config.moe)})
+    return model
+
+
+def workload_of(config: RunConfig) -> Workload:
+    """A step of a run."""
+    train = config.train
+    return Workload(
+        sequence_length=config.data.sequence_length,
+        rows=config.batch_rows,
+        micro_rows=train.micro_batch_size,
+        dtype=getattr(torch, train.dtype),
+        recompute="block" if train.gradient_checkpointing else "none",
+        loss=partial(_loss, CausalLanguageModel(dtype=train.dtype), config.data.sequence_length),
+        optimizer=partial(_optimizer, config),
+    )
+
+
+def _loss(objective: CausalLanguageModel, length: int, model: PreTrainedModel, rows: int) -> Tensor:
+    zeros = torch.zeros(rows, length, dtype=torch.int64)
+    batch = Batch(input_ids=zeros, position_ids=zeros, targets=zeros, token_mask=zeros == 0)
+    return objective.loss(model, batch)
+
+
+def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+    train = config.train
+    return make_optimizer(model, weight_decay=train.weight_decay, betas=(train.beta1, train.beta2))
