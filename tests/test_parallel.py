@@ -120,8 +120,13 @@ def test_degrees_follow_from_ranks_and_experts(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layout": "E+D+M"}, "layout=E.D.M needs tensor slicing, which is not there yet"),
-        ({"layout": "E+Z-Off+M"}, "needs tensor slicing and offload, which is not there yet"),
+        ({"layout": "E+D", "tp": 2}, "tp=2 with layout=E.D: choose layout=E.D.M,"),
+        ({"layout": "E+Z", "tp": 2}, "tp=2 with layout=E.Z: choose layout=E.Z-Off.M,"),
+        ({"layout": "E+D+M", "tp": 1}, "tp=1 with layout=E.D.M: choose layout=E.D,"),
+        ({"layout": "E+D+M", "zero": 2}, "zero=2 with layout=E.D.M: choose layout=E.Z-Off.M,"),
+        ({"layout": "E+Z-Off+M", "zero": 1}, "zero=1 with layout=E.Z-Off.M: choose zero=2 or zero=3,"),
+        ({"etp": 0}, "etp=0: it must be at least 1"),
+        ({"fsdp": 2}, "fsdp=2 with zero=0"),
         ({"layout": "D"}, "layout=D: choose one of E, E"),
         ({"zero": 4}, "zero=4: choose one of 0, 1, 2, 3"),
         ({"ep": 0}, "ep=0: it must be at least 1"),
@@ -133,6 +138,51 @@ def test_degrees_follow_from_ranks_and_experts(
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ParallelConfig(**settings)
+
+
+SLICED = {"attention heads": 6, "key-value heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "expected"),
+    [
+        ({"layout": "E+D+M"}, 8, Degrees(ranks=8, tp=2, ep=8, dp_replicate=4)),
+        ({"layout": "E+Z-Off+M", "ep": 2}, 8, Degrees(ranks=8, tp=2, ep=2, zero=2)),
+        ({"layout": "E+Z-Off+M"}, 3, Degrees(ranks=3, ep=1, zero=2)),
+        ({"layout": "E+Z-Off+M", "tp": 1, "zero": 3}, 2, Degrees(ranks=2, ep=2, zero=3)),
+        ({"layout": "E+Z-Off+M"}, 2, Degrees(ranks=2, tp=2, ep=2, zero=2)),
+        ({"tp": 2, "etp": 2}, 4, Degrees(ranks=4, tp=2, ep=2, etp=2, dp_replicate=2)),
+        ({"layout": "E", "etp": 4}, 8, Degrees(ranks=8, ep=2, etp=4, dp_replicate=8)),
+        ({"zero": 2, "fsdp": 2}, 8, Degrees(ranks=8, ep=2, dp_replicate=4, zero=2)),
+        ({"zero": 2, "fsdp": 2, "tp": 2}, 8, Degrees(ranks=8, tp=2, ep=4, dp_replicate=2, zero=2)),
+        ({"layout": "E+Z-Off+M", "fsdp": 4, "dp_replicate": 2}, 8, Degrees(ranks=8, ep=4, dp_replicate=2, zero=2)),
+    ],
+)
+def test_degrees_of_slices(settings: dict[str, object], ranks: int, expected: Degrees) -> None:
+    degrees = resolve(ParallelConfig(**settings), ranks=ranks, experts=[8], widths=[16], sliced=SLICED)
+    assert degrees == expected
+    assert degrees.dp_replicate * degrees.fsdp * degrees.tp == ranks
+    assert degrees.expert_replicate * degrees.expert_fsdp * degrees.ep * degrees.etp == ranks
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "message"),
+    [
+        ({"tp": 4}, 8, "tp=4 with 8 ranks, 6 attention heads, 2 key-value heads: choose 1 or 2"),
+        ({"layout": "E+D+M", "tp": 4}, 8, "tp=4 with 8 ranks, 6 attention heads, 2 key-value heads: choose 2$"),
+        ({"layout": "E+D+M"}, 3, "layout=E.D.M with 3 ranks.*choose layout=E.D or a number of ranks that 2 divides"),
+        ({"etp": 3}, 6, "etp=3 with 6 ranks and 8 experts a layer of width 16: choose 1 or 2"),
+        ({"etp": 2, "ep": 4}, 4, "ep=4 with 4 ranks and 8 experts a layer in 2 slices: choose 1 or 2"),
+        ({"zero": 2, "fsdp": 3, "tp": 2}, 8, "fsdp=3 with 8 ranks and tp=2: choose 2 or 4"),
+        ({"zero": 2, "fsdp": 2, "dp_replicate": 2}, 8, "fsdp=2 with 8 ranks and dp_replicate=2: choose 4"),
+        ({"zero": 2, "dp_replicate": 4, "tp": 2}, 8, "dp_replicate=4 with 8 ranks and tp=2: choose 1 or 2"),
+    ],
+)
+def test_slices_that_do_not_divide_are_refused_with_those_that_do(
+    settings: dict[str, object], ranks: int, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(ParallelConfig(**settings), ranks=ranks, experts=[8], widths=[16], sliced=SLICED)
 
 
 @pytest.mark.parametrize(
@@ -166,5 +216,12 @@ def test_the_table_of_ranks() -> None:
         "          experts 0-3  experts 4-7",
         "copy 0    rank 0       rank 1",
         "copy 1    rank 2       rank 3",
+    ]
+    assert table(Degrees(ranks=8, tp=2, ep=2, etp=2, zero=3), experts=4).splitlines() == [
+        "E+D+Z+M on 8 ranks: tp 2, ep 2, etp 2, dense parts in 2 slices sharded over 4 ranks (zero 3)",
+        "the same rows on ranks 0-1, 2-3, 4-5, 6-7",
+        "          experts 0-1, 1/2  experts 0-1, 2/2  experts 2-3, 1/2  experts 2-3, 2/2",
+        "shard 0   rank 0            rank 1            rank 2            rank 3",
+        "shard 1   rank 4            rank 5            rank 6            rank 7",
     ]
     assert table(Degrees(ranks=2, zero=3)) == "E+D+Z on 2 ranks: ep 1, dense parts sharded over 2 ranks (zero 3)"

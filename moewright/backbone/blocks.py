@@ -134,14 +134,14 @@ def routing_contexts(model: PreTrainedModel) -> tuple[RoutingContext, ...]:
     return tuple(_contexts(model).values())
 
 
-def routing_step(model: PreTrainedModel, group: ProcessGroup | None = None) -> RoutingStep:
+def routing_step(model: PreTrainedModel, group: ProcessGroup | None = None, *, copies: int = 1) -> RoutingStep:
     """The protocol of a training step for all MoELayers of a model; without any it does nothing."""
     places, layers = family_of(model.config).places(model.config), moe_layers(model)
     stacks = {
         name: (context, [moe for layer, moe in layers.items() if places[layer].stack.name == name])
         for name, context in _contexts(model).items()
     }
-    return RoutingStep(stacks, group=group)
+    return RoutingStep(stacks, group=group, copies=copies)
 
 
 def configure(model: PreTrainedModel, **settings: Any) -> None:

@@ -95,6 +95,10 @@ class Family:
     """Number added to a norm's weight before use."""
     growth: Growth | None = None
     """The units of its tensors' dims, for `moewright grow`; None where it cannot grow."""
+    slices: Mapping[str, str] = field(default_factory=dict)
+    """Styles of tensor slicing by path, * for the number of a layer, beside those of transformers' own plan."""
+    counts_heads: str | None = None
+    """Attribute of an attention module that says how many heads it has, where its forward pass goes by that."""
     dense: bool = True
     """False for a sparse architecture whose other layers no dense one has: its blocks are replaced, never cut up."""
 

@@ -40,6 +40,30 @@ def _t5_stack(name: str, place: int, count: str) -> Stack:
     )
 
 
+def _sliced(attention: str, parts: str, output: str) -> dict[str, str]:
+    """The styles of an attention module whose heads are divided."""
+    styles = {f"{attention}.{part}": "colwise" for part in parts.split()}
+    return styles | {f"{attention}.{output}": "rowwise"}
+
+
+def _fairseq_slices(name: str, *attentions: str) -> dict[str, str]:
+    layer = f"model.{name}.layers.*"
+    styles = {f"{layer}.fc1": "colwise", f"{layer}.fc2": "rowwise"}
+    for attention in attentions:
+        styles |= _sliced(f"{layer}.{attention}", "q_proj k_proj v_proj", "out_proj")
+    return styles
+
+
+def _t5_slices(name: str, *attentions: str) -> dict[str, str]:
+    layer = f"{name}.block.*.layer"
+    block = f"{layer}.{len(attentions)}.DenseReluDense"
+    styles = {f"{block}.{up}": "colwise" for up in ("wi", "wi_0", "wi_1")} | {f"{block}.wo": "rowwise"}
+    for place, attention in enumerate(attentions):
+        styles |= _sliced(f"{layer}.{place}.{attention}", "q k v", "o")
+        styles[f"{layer}.{place}.{attention}.relative_attention_bias"] = "embedding_by_head"
+    return styles
+
+
 def _fairseq_family(model_type: str, *norms: str, growth: Growth) -> Family:
     return Family(
         model_type=model_type,
@@ -51,6 +75,11 @@ def _fairseq_family(model_type: str, *norms: str, growth: Growth) -> Family:
         seq2seq=True,
         embedding="model.shared.weight",
         growth=growth,
+        slices={
+            "lm_head": "colwise_gather_output",
+            **_fairseq_slices("encoder", "self_attn"),
+            **_fairseq_slices("decoder", "self_attn", "encoder_attn"),
+        },
     )
 
 
@@ -69,10 +98,17 @@ def _t5_family(model_type: str) -> Family:
         embedding="shared.weight",
         config_tells_ties=False,
         growth=T5,
+        slices={
+            "lm_head": "colwise_gather_output",
+            **_t5_slices("encoder", "SelfAttention"),
+            **_t5_slices("decoder", "SelfAttention", "EncDecAttention"),
+        },
+        counts_heads="n_heads",
     )
 
 
 _GEMMA: Final = (Stack(norm="pre_feedforward_layernorm"),)
+_ATTENTION: Final = "model.layers.*.self_attn"
 
 FAMILIES: Final = {
     family.model_type: family
@@ -105,9 +141,24 @@ FAMILIES: Final = {
         _t5_family("t5"),
         _t5_family("mt5"),
         Family(model_type="olmoe", dense=False),
-        Family(model_type="glm4_moe", dense=False),
+        Family(
+            model_type="glm4_moe",
+            # Its plan leaves out the norms of queries and keys, which the larger models have.
+            slices={f"{_ATTENTION}.{norm}": "replicated_with_grad_allreduce" for norm in ("q_norm", "k_norm")},
+            dense=False,
+        ),
         Family(model_type="deepseek_v3", dense=False),
-        Family(model_type="gpt_oss", stacks=(Stack(paired=True),), bias=True, dense=False),
+        Family(
+            model_type="gpt_oss",
+            stacks=(Stack(paired=True),),
+            bias=True,
+            slices={
+                **_sliced(_ATTENTION, "q_proj k_proj v_proj", "o_proj"),
+                f"{_ATTENTION}.sinks": "colwise",
+                _ATTENTION: "local_params",
+            },
+            dense=False,
+        ),
     )
 }
 

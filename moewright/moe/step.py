@@ -38,14 +38,21 @@ class RoutingStep:
     `end_step`. A block that is recomputed in the backward pass counts its tokens once.
 
     `stacks` has the record and the layers of each stack by its name, such as `decoder`. `group` are the ranks whose
-    batches make up a step; None for one process. Forward and backward passes of the layers add nothing over it:
-    `end_step` does so once, for all layers together.
+    batches make up a step; None for one process. With tensor slicing each batch is on `copies` of them, and counts
+    once. Forward and backward passes of the layers add nothing over it: `end_step` does so, for all layers together.
     """
 
     def __init__(
-        self, stacks: Mapping[str, tuple[RoutingContext, Sequence[MoELayer]]], *, group: ProcessGroup | None = None
+        self,
+        stacks: Mapping[str, tuple[RoutingContext, Sequence[MoELayer]]],
+        *,
+        group: ProcessGroup | None = None,
+        copies: int = 1,
     ) -> None:
-        self._stacks, self._group = dict(stacks), group
+        self._stacks = dict(stacks)
+        # Ranks that all have the same batch count what a process alone does.
+        self._group = group if group is not None and group.size() > copies else None
+        self._copies = copies
         self._layers = [layer for _, layers in stacks.values() for layer in layers]
         self._shares: dict[str, float] = {}  # of the micro-batch that was begun and is not counted yet
 
@@ -95,6 +102,7 @@ class RoutingStep:
         total = torch.cat([part.double().to(local[0].device) for part in local])  # layers may be on several devices
         if self._group is not None:
             all_reduce(total, group=self._group)
+            total /= self._copies
         parts = total.split([len(part) for part in local])
         routing = []
         for layer, counts, means in zip(self._layers, parts[::2], parts[1::2], strict=True):

@@ -1,23 +1,32 @@
-"""Every private name of torch that we use. Checked with torch 2.13.0."""
+"""What is private in torch, and of what use it is here. Checked with torch 2.13."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
-import torch.distributed._tools.fake_collectives  # registers what collectives return of tensors without memory
 from torch import distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.distributed.tensor import Placement
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 REDUCTIONS: Final = ("sum", "avg", "product", "min", "max")
 
 
+def joined_shard(dim: int, *, joined: int) -> Placement:
+    """Of so many equally large tensors, joined along `dim`, each is divided: a rank holds its part of every one."""
+    return _StridedShard(dim, split_factor=joined)  # the name that `fully_shard` uses, and parameters are saved under
+
+
 @contextmanager
 def simulated_ranks(ranks: int) -> Iterator[None]:
     """Make this process the first of so many whose collectives do nothing; there must be no process group yet."""
+    # Not for every run: one registers the backend, the other what collectives return of tensors without memory.
+    from torch.distributed._tools import fake_collectives  # noqa: F401
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)  # type: ignore[no-untyped-call]
     try:
         yield

@@ -1,5 +1,6 @@
 """Putting a model on several ranks, from outside, in one order: divide the experts, then shard everything."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -39,6 +40,19 @@ def apply(model: PreTrainedModel, meshes: Meshes) -> None:
         divide_experts(layer, meshes.experts["ep"])
     places = family_of(model.config).places(model.config)
     shard(model, [model.get_submodule(place.layer) for place in places], layers.values(), meshes)
+
+
+def sliced_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """The sizes that tensor slicing must divide, by what messages call them."""
+    names = {
+        "attention heads": "num_attention_heads",
+        "key-value heads": "num_key_value_heads",
+        "units of a dense block": "intermediate_size",
+    }
+    sizes = {words: getattr(model.config, name, None) for words, name in names.items()}
+    shared = (layer.config.shared_size for layer in moe_layers(model).values())
+    sizes["units of a shared expert"] = math.gcd(*shared)
+    return {words: size for words, size in sizes.items() if size}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ def clip_gradients(
 ) -> tuple[float, float]:
     """Scale the whole gradient down to `max_norm` (0: leave it) where it is larger; returns loss and norm.
 
-    `loss` is this rank's part of the step's, 0-dim. Each element of the gradient counts once, however many ranks hold
-    it; one reduction over the ranks adds up squares and loss. A gradient that is not finite has such a norm on all.
+    `loss` is the part of the step's that these rows have, 0-dim. Each element of the gradient counts once, however many
+    ranks hold it, and so do the rows; one reduction over the ranks adds up squares and loss. A gradient that is not
+    finite has such a norm on all.
     """
     parameters = list(parameters)
     if ranks.size == 1:
@@ -28,7 +29,7 @@ def clip_gradients(
     squares = loss.new_zeros((), dtype=torch.float64)
     for gradient in gradients:
         squares += torch.linalg.vector_norm(local_part(gradient)).double().square() / _copies(gradient, ranks)
-    total, square = ranks.totals(torch.stack([loss.double(), squares])).tolist()
+    total, square = ranks.totals(torch.stack([loss.double() / ranks.tp, squares])).tolist()
     norm = math.sqrt(square)
     if max_norm and norm > max_norm:
         for gradient in gradients:
@@ -41,4 +42,5 @@ def _copies(gradient: Tensor, ranks: Ranks) -> int:
     if not isinstance(gradient, DTensor):
         return ranks.size
     sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
-    return math.prod(size for placement, size in sizes if isinstance(placement, Replicate))
+    copies = math.prod(size for placement, size in sizes if isinstance(placement, Replicate))
+    return copies * (ranks.size // gradient.device_mesh.size())  # other meshes of the kind have it as well

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moewright.parallel.config import Degrees
@@ -13,39 +15,56 @@ class Meshes:
 
     degrees: Degrees
     dense: DeviceMesh
-    """(replicate, shard): sizes `dp_replicate` and `fsdp`."""
+    """(replicate, shard, tp): sizes `dp_replicate`, `fsdp` and `tp`."""
     experts: DeviceMesh
-    """(replicate, shard, ep): sizes `expert_replicate`, `expert_fsdp` and `ep`."""
+    """(replicate, shard, ep, etp): sizes `expert_replicate`, `expert_fsdp`, `ep` and `etp`."""
+    travel: ProcessGroup
+    """The ranks of both `ep` and `etp`, in this order: those that tokens travel between."""
 
 
 def make_meshes(degrees: Degrees, *, device_type: str) -> Meshes:
     """The meshes over all ranks of the process group, which must be `degrees.ranks`; every rank must call it."""
-    return Meshes(
-        degrees=degrees,
-        dense=init_device_mesh(
-            device_type, (degrees.dp_replicate, degrees.fsdp), mesh_dim_names=("replicate", "shard")
-        ),
-        experts=init_device_mesh(
-            device_type,
-            (degrees.expert_replicate, degrees.expert_fsdp, degrees.ep),
-            mesh_dim_names=("replicate", "shard", "ep"),
-        ),
+    dense = init_device_mesh(
+        device_type,
+        (degrees.dp_replicate, degrees.fsdp, degrees.tp),
+        mesh_dim_names=("replicate", "shard", "tp"),
     )
+    experts = init_device_mesh(
+        device_type,
+        (degrees.expert_replicate, degrees.expert_fsdp, degrees.ep, degrees.etp),
+        mesh_dim_names=("replicate", "shard", "ep", "etp"),
+    )
+    if degrees.etp > 1:
+        travel, _ = dist.new_subgroups(group_size=degrees.ep * degrees.etp)
+    else:
+        travel = experts.get_group("ep")
+    return Meshes(degrees=degrees, dense=dense, experts=experts, travel=travel)
 
 
 def table(degrees: Degrees, *, experts: int = 0) -> str:
     """The ranks as a small table, with the experts of a layer that has so many: for people."""
-    dense = f"dense parts in {degrees.dp_replicate} copies" if degrees.dp_replicate > 1 else "dense parts"
-    dense += f" sharded over {degrees.fsdp} ranks" if degrees.fsdp > 1 else " on every rank"
-    lines = [f"{degrees.layout} on {degrees.ranks} ranks: ep {degrees.ep}, {dense} (zero {degrees.zero})"]
+    tp, etp = degrees.tp, degrees.etp
+    dense = "dense parts" + (f" in {tp} slices" if tp > 1 else "")
+    dense += f" in {degrees.dp_replicate} copies" if degrees.dp_replicate > 1 else ""
+    if degrees.fsdp > 1:
+        dense += f" sharded over {degrees.fsdp} ranks"
+    elif tp == 1:
+        dense += " on every rank"
+    sizes = (f"tp {tp}, " if tp > 1 else "") + f"ep {degrees.ep}, " + (f"etp {etp}, " if etp > 1 else "")
+    lines = [f"{degrees.layout} on {degrees.ranks} ranks: {sizes}{dense} (zero {degrees.zero})"]
+    if tp > 1:
+        groups = (f"{first}-{first + tp - 1}" for first in range(0, degrees.ranks, tp))
+        lines.append(f"the same rows on ranks {', '.join(groups)}")
     if not experts:
-        return lines[0]
+        return "\n".join(lines)
     each = experts // degrees.ep
     heads = [f"experts {at}-{at + each - 1}" if each > 1 else f"expert {at}" for at in range(0, experts, each)]
+    if etp > 1:
+        heads = [f"{head}, {part}/{etp}" for head in heads for part in range(1, etp + 1)]
     width = max(len(head) for head in heads) + 2
     label = "shard" if degrees.expert_fsdp > 1 else "copy"
     lines.append(" " * 10 + "".join(head.ljust(width) for head in heads).rstrip())
-    for row in range(degrees.ranks // degrees.ep):
-        ranks = (f"rank {row * degrees.ep + column}".ljust(width) for column in range(degrees.ep))
+    for row in range(degrees.ranks // len(heads)):
+        ranks = (f"rank {row * len(heads) + column}".ljust(width) for column in range(len(heads)))
         lines.append(f"{label} {row}".ljust(10) + "".join(ranks).rstrip())
     return "\n".join(lines)

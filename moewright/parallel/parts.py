@@ -11,7 +11,8 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from moewright.backbone.slots import Box, Bring, Index, here
 from moewright.parallel.experts import local_part
@@ -82,6 +83,21 @@ def with_part(like: Tensor, part: Tensor) -> Tensor:
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def slice_of(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
+    """This rank's part of a tensor that is the same on all ranks, or on meta, divided on the one axis of `mesh`."""
+
+    def with_local(part: Tensor) -> DTensor:
+        return DTensor.from_local(
+            part, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride()
+        )
+
+    boxes = boxes_of(with_local(tensor.new_empty(0)))
+    part = tensor.new_empty([max(held.stop for held in dim) for dim in zip(*(b.local for b in boxes), strict=True)])
+    for box in boxes:
+        part[box.local] = tensor[box.whole]
+    return with_local(part)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -169,6 +185,9 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
 
 def _is_copy(tensor: DTensor) -> bool:
     """Whether a rank before this one holds the same part."""
-    coordinate = tensor.device_mesh.get_coordinate()
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside of the mesh"
+    if int(mesh.mesh.min()) > 0:  # without the axis `tp`, there is such a mesh for each place on it
+        return True
     return any(isinstance(p, Replicate) and at for p, at in zip(tensor.placements, coordinate, strict=True))

@@ -33,11 +33,23 @@ class Ranks:
     size: int = 1
     device: torch.device = CPU
     """Where its tensors are."""
+    tp: int = 1
+    """How many neighbours have the same rows: those that tensor slicing puts together."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is the rank that writes files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """The number of these rows among those of all."""
+        return self.rank // self.tp
+
+    @property
+    def data_size(self) -> int:
+        """How many times there are rows."""
+        return self.size // self.tp
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -78,17 +90,17 @@ class Ranks:
         return bytes(shared.tolist()).decode()
 
     def seed(self, seed: int, *, step: int) -> int:
-        """The seed of this rank's random numbers in a step: the same after whatever steps the process has made."""
-        return int(np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)[0])
+        """The seed of a step's random numbers for these rows: the same after whatever steps the process has made."""
+        return int(np.random.SeedSequence((seed, self.data_rank, step)).generate_state(1, np.uint64)[0])
 
     def share(self, rows: int, *, size: int) -> slice:
         """The rows of a step that this rank has: as many micro-batches of `size` as the others, or one less.
 
         The order of ranks is the order of rows. Where there are not enough micro-batches for all, they are smaller.
         """
-        size = min(size, -(-rows // self.size))
+        size = min(size, -(-rows // self.data_size))
         count = -(-rows // size)
-        first, last = count * self.rank // self.size, count * (self.rank + 1) // self.size
+        first, last = count * self.data_rank // self.data_size, count * (self.data_rank + 1) // self.data_size
         return slice(first * size, last * size)
 
     def meet(self) -> None:

@@ -28,7 +28,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], layers: Iterable[MoELay
     # With zero 0 there is one shard, of which `fully_shard` makes a copy to compute with: it is freed at once.
     reshard = degrees.zero in (0, 3)
     experts_mesh = meshes.experts["replicate", "shard"] if degrees.expert_replicate > 1 else meshes.experts["shard"]
-    dense_mesh = meshes.dense if degrees.dp_replicate > 1 else meshes.dense["shard"]
+    dense_mesh = meshes.dense["replicate", "shard"] if degrees.dp_replicate > 1 else meshes.dense["shard"]
     for layer in layers:
         fully_shard(
             layer.experts,

@@ -157,7 +157,7 @@ def _step_totals(
     """Targets and real tokens of the step on all ranks, and the most micro-batches that one of them has."""
     tokens = objective.tokens(batch)
     targets, *counts, number = zip(
-        *ranks.gathered([objective.targets(batch), *tokens.values(), micro_batches]), strict=True
+        *ranks.gathered([objective.targets(batch), *tokens.values(), micro_batches])[:: ranks.tp], strict=True
     )
     return sum(targets), dict(zip(tokens, map(sum, counts), strict=True)), max(number)
 
@@ -181,10 +181,10 @@ def held_out_loss(
     total, targets, ranks = 0.0, 0, parallel.ranks
     model.eval()
     try:
-        for turn in range(0, count, micro_batch_size * ranks.size):
+        for turn in range(0, count, micro_batch_size * ranks.data_size):
             if stop is not None and stop.agreed(ranks):
                 return None
-            first = turn + micro_batch_size * ranks.rank
+            first = turn + micro_batch_size * ranks.data_rank
             mine = range(first, min(first + micro_batch_size, count))
             batch = rows.batch(mine) if mine else objective.padding()
             total += float(objective.loss(model, batch))
@@ -192,7 +192,7 @@ def held_out_loss(
     finally:
         parallel.end_evaluation(model)
         model.train()
-    total, all_targets = ranks.totals(torch.tensor([total, targets], dtype=torch.float64)).tolist()
+    total, all_targets = ranks.totals(torch.tensor([total, targets], dtype=torch.float64) / ranks.tp).tolist()
     return total / all_targets, int(all_targets)
 
 
@@ -208,7 +208,7 @@ class _Run:
             betas=(self.settings.beta1, self.settings.beta2),
             router_ratio=self.settings.router_learning_rate_ratio,
         )
-        self.routing = routing_step(self.model, self.ranks.group)
+        self.routing = routing_step(self.model, self.ranks.group, copies=self.ranks.tp)
         self.identity = self._identity()
         self.saved: int | None = None  # the step of the newest checkpoint
         self.position = self._newest_position()

@@ -35,7 +35,8 @@ FREE: Final = frozenset(
         "train.keep_checkpoints",
         "train.tensorboard",
         "data.eval_rows",
-        *("parallel", "parallel.layout", "parallel.ep", "parallel.dp_replicate", "parallel.zero"),
+        *("parallel", "parallel.layout", "parallel.ep", "parallel.etp", "parallel.tp"),
+        *("parallel.dp_replicate", "parallel.fsdp", "parallel.zero"),
     }
 )
 """The settings that may change between two starts of a run: the training itself does not depend on them."""

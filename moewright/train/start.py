@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError, settings_written
 from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
-from moewright.parallel.apply import ALONE, Parallel, apply
+from moewright.parallel.apply import ALONE, Parallel, apply, sliced_sizes
 from moewright.parallel.config import ParallelConfig, resolve
 from moewright.parallel.mesh import make_meshes, table
 from moewright.parallel.parts import boxes_of, with_part
@@ -125,14 +125,24 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
 
     Raises UsageError for degrees that do not fit the ranks or the experts.
     """
-    experts = [layer.config.num_experts for layer in moe_layers(model).values()]
+    layers = [layer.config for layer in moe_layers(model).values()]
+    experts, sliced = [layer.num_experts for layer in layers], sliced_sizes(model)
     with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
-        degrees = resolve(config.parallel, ranks=ranks.size, experts=experts)
+        degrees = resolve(
+            config.parallel,
+            ranks=ranks.size,
+            experts=experts,
+            widths=[layer.expert_size for layer in layers],
+            sliced=sliced,
+        )
     if ranks.size > 1:
         ranks.meet()  # no rank makes a mesh while another one has failed before
         note(table(degrees, experts=max(experts, default=0)))
+        if config.parallel is not None and config.parallel.slices and config.parallel.tp is None and degrees.tp == 1:
+            what = ", ".join(f"{size} {name}" for name, size in sliced.items())
+            note(f"without tensor slicing: nothing but 1 divides {ranks.size} ranks, {what}")
         apply(model, make_meshes(degrees, device_type=ranks.device.type))
-    return Parallel(ranks=ranks, degrees=degrees)
+    return Parallel(ranks=replace(ranks, tp=degrees.tp), degrees=degrees)
 
 
 def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, TensorSource, dict[str, Any]]:
