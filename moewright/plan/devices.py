@@ -80,6 +80,7 @@ class Workload:
     """Of a micro-batch of a rank."""
     dtype: torch.dtype
     """Of the products."""
+    device: Literal["cpu", "cuda"] = "cuda"
     recompute: Recompute = "none"
     offload: Offload = "none"
     offload_to: Literal["cpu", "disk"] = "cpu"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import configure
+from moewright.backbone.blocks import configure, moe_configs
 from moewright.backbone.formats.choose import is_sparse
 from moewright.backbone.graft import graft
 from moewright.backbone.load import described
@@ -16,6 +16,8 @@ from moewright.data.pack import Batch
 from moewright.errors import ModelError, UsageError, settings_written
 from moewright.family.table import family_of
 from moewright.optim.adamw import make_optimizer
+from moewright.parallel.config import Degrees, ParallelConfig, resolve
+from moewright.parallel.tensor import tp_divisors as sliced_sizes
 from moewright.plan.devices import Workload
 from moewright.train.config import RunConfig
 from moewright.train.objective import CausalLanguageModel
@@ -42,6 +44,19 @@ def skeleton_of(config: RunConfig) -> PreTrainedModel:
     return model
 
 
+def degrees_of(config: RunConfig, model: PreTrainedModel, *, ranks: int) -> Degrees:
+    """The degrees that the run file asks for on so many ranks; UsageError where these do not fit."""
+    layers = moe_configs(model)
+    with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
+        return resolve(
+            config.parallel,
+            ranks=ranks,
+            experts=[layer.num_experts for layer in layers.values()],
+            widths=[layer.expert_size for layer in layers.values()],
+            sliced=sliced_sizes(model.config, layers),
+        )
+
+
 def workload_of(config: RunConfig) -> Workload:
     """A step of a run."""
     train = config.train
@@ -50,6 +65,7 @@ def workload_of(config: RunConfig) -> Workload:
         rows=config.batch_rows,
         micro_rows=train.micro_batch_size,
         dtype=getattr(torch, train.dtype),
+        device="cpu" if train.device == "cpu" else "cuda",
         recompute="block" if train.gradient_checkpointing else "none",
         loss=partial(_loss, CausalLanguageModel(dtype=train.dtype), config.data.sequence_length),
         optimizer=partial(_optimizer, config),
