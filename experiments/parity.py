@@ -8,6 +8,7 @@ gets the same micro-batches as one process, dealt out unevenly; the largest diff
 element of the right one, is taken over the parameters of a class.
 """
 
+import itertools
 import json
 import sys
 import tempfile
@@ -42,7 +43,7 @@ HERE = Path(__file__).parent
 RESULT = HERE / "results" / "parity.json"
 PAGE = HERE.parent / "docs" / "parallelism.md"
 CLASSES = ("router", "experts", "shared", "attention", "norms", "embeddings")
-D, E, V, S = 32, 8, 64, 12
+D, E, V, S, HEADS = 32, 8, 64, 12, 2
 CLIP, STEPS = 0.05, 2
 EPS = 1e-3
 """AdamW's: with 1e-8 a weight whose gradient is nothing but rounding moves by the whole rate, this way or that."""
@@ -76,18 +77,20 @@ CASES = {
 
 
 def layouts(ranks: int) -> Iterator[Degrees]:
-    """Every layout on so many ranks, with every `ep`, ZeRO stage and number of copies."""
+    """Every layout on so many ranks: ZeRO stage, number of copies, and slices of dense parts and of experts."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    for zero in range(4):
-        for copies in [n for n in divisors if n < ranks] if zero else [ranks]:
-            for ep in divisors:
-                if not zero or ranks // copies % ep == 0:
-                    yield Degrees(ranks=ranks, ep=ep, dp_replicate=copies, zero=zero)
+    for zero, tp, etp, ep, copies in itertools.product(range(4), divisors, divisors, divisors, divisors):
+        data = ranks // tp
+        possible = (copies < data or data == 1) if zero else copies == data
+        if possible and HEADS % tp == data % copies == (ranks // copies if zero else ranks) % (ep * etp) == 0:
+            yield Degrees(ranks=ranks, tp=tp, ep=ep, etp=etp, dp_replicate=copies, zero=zero)
 
 
 def describe(degrees: Degrees) -> str:
     copies = f", {degrees.dp_replicate} copies" if degrees.zero and degrees.dp_replicate > 1 else ""
-    return f"{degrees.layout}: {degrees.ranks} ranks, ep {degrees.ep}, zero {degrees.zero}{copies}"
+    tp = f"tp {degrees.tp}, " if degrees.tp > 1 else ""
+    etp = f", etp {degrees.etp}" if degrees.etp > 1 else ""
+    return f"{degrees.layout}: {degrees.ranks} ranks, {tp}ep {degrees.ep}{etp}, zero {degrees.zero}{copies}"
 
 
 def sparse_model(case: Case, dtype: torch.dtype) -> PreTrainedModel:
@@ -95,7 +98,7 @@ def sparse_model(case: Case, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "llama", hidden_size=D, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=V, tie_word_embeddings=case.tied,
+        num_key_value_heads=HEADS, vocab_size=V, tie_word_embeddings=case.tied,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     settings = {"hidden_size": D, "expert_size": 16, "num_experts": E, "top_k": 2}
@@ -146,7 +149,7 @@ def dealt(case: Case, ranks: int, *, step: int) -> tuple[list[list[Part]], int]:
 
 def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: Parallel) -> Tensor:
     """Leave the gradient of these micro-batches, and return their part of the loss."""
-    routing, total = routing_step(model, parallel.ranks.group), torch.zeros(())
+    routing, total = routing_step(model, parallel.ranks.group, copies=parallel.ranks.tp), torch.zeros(())
     for number, part in enumerate(parts, start=1):
         routing.begin_micro_batch({"decoder": part.share})
         logits = model(input_ids=part.ids, token_mask=part.mask, use_cache=False).logits
@@ -201,13 +204,13 @@ def meshes(degrees: Degrees) -> Meshes:
 
 def errors(name: str, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of a case by class of parameters over its steps, of the norm and of the loss."""
-    case, ranks, me = CASES[name], degrees.ranks, dist.get_rank()
-    right = on_one_process(name, ranks, dtype)
+    case, ranks = CASES[name], Ranks(rank=dist.get_rank(), size=degrees.ranks, tp=degrees.tp)
+    right = on_one_process(name, ranks.data_size, dtype)
     model = sparse_model(case, dtype)
     apply(model, meshes(degrees))
-    parallel = Parallel(ranks=Ranks(rank=me, size=ranks), degrees=degrees)
-    batches = [dealt(case, ranks, step=step) for step in range(STEPS)]
-    here = steps_of(model, [(parts[me], targets) for parts, targets in batches], parallel)
+    parallel = Parallel(ranks=ranks, degrees=degrees)
+    batches = [dealt(case, ranks.data_size, step=step) for step in range(STEPS)]
+    here = steps_of(model, [(parts[ranks.data_rank], targets) for parts, targets in batches], parallel)
 
     found = dict.fromkeys((*CLASSES, "norm", "loss"), 0.0)
     for (gradients, clipped, numbers), (gradients_1, clipped_1, numbers_1) in zip(here, right, strict=True):

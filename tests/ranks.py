@@ -27,9 +27,8 @@ def _rank(rank: int, work: Callable[[int], None], store: str, ranks: int) -> Non
 def expected_part(parameter: Tensor, whole: Tensor) -> Tensor:
     """What this rank should hold of a parameter whose values are `whole`."""
     boxes = boxes_of(parameter)
-    part = torch.full(
-        [max(held.stop for held in dim) for dim in zip(*(b.local for b in boxes), strict=True)], torch.nan
-    )
+    shape = [max(held.stop for held in dim) for dim in zip(*(b.local for b in boxes), strict=True)]
+    part = torch.full(shape, torch.nan, dtype=whole.dtype)
     for box in boxes:
         part[box.local] = whole[box.whole]
-    return part.to(whole.dtype)
+    return part

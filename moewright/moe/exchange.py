@@ -59,11 +59,14 @@ class Exchange(Protocol):
     A `MoELayer` has one as its attribute `exchange`. With all experts here it is a `LocalExchange`. Whoever divides the
     experts among processes puts another one in its place and changes nothing else: kernels see rows, choices among the
     experts that are here, and combine weights. Rows from other processes have one choice each; the sum over a token's
-    choices is then `receive`'s. Both methods are differentiable in all floating-point tensors.
+    choices is then `receive`'s. All methods are differentiable in all floating-point tensors.
     """
 
     def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Delivery:
-        """`kept_TK`, bool, says which assignments are computed; None: all."""
+        """`kept_TK`, bool, says which assignments are computed; None: all. The rows may still be on their way."""
+
+    def arrive(self, delivery: Delivery) -> Delivery:
+        """The same, with its rows here; what is computed between `send` and this hides the time that they take."""
 
     def receive(self, ticket: Any, y_RD: Tensor) -> Tensor:
         """The weighted sums of the rows' choices -> those of the tokens that `send` was given, (T, D)."""
@@ -78,6 +81,9 @@ class LocalExchange:
     def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Delivery:
         permutation = sort_by_expert(experts_TK, num_experts=self.num_experts, kept_TK=kept_TK)
         return Delivery(x_TD, weights_TK, permutation, None)
+
+    def arrive(self, delivery: Delivery) -> Delivery:
+        return delivery
 
     def receive(self, ticket: Any, y_RD: Tensor) -> Tensor:
         return y_RD

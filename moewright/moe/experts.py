@@ -46,8 +46,9 @@ class Experts(nn.Module):
     `nn.Linear` would start it.
     """
 
-    held: Callable[[Tensor], Tensor]
-    """The part of a parameter that this process computes with: all of it, until experts are divided among processes."""
+    held: Callable[[str, Tensor], Tensor]
+    """What this process computes with for a parameter, by its name: all of it, until experts are divided among
+    processes."""
 
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -70,7 +71,8 @@ class Experts(nn.Module):
         """The parameters, cast to `dtype` if one is given."""
 
         def parameter(name: str) -> Tensor:
-            value = self.held(getattr(self, name))  # not get_parameter: adapters put a computed tensor in its place
+            # Not get_parameter: adapters put a computed tensor in its place.
+            value = self.held(name, getattr(self, name))
             return value if dtype is None else value.to(dtype)
 
         return ExpertWeights(
@@ -89,7 +91,7 @@ class Experts(nn.Module):
         return kernel(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, self.weights(dtype))
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def _whole(name: str, parameter: Tensor) -> Tensor:
     return parameter
 
 
@@ -118,9 +120,13 @@ class SharedExpert(nn.Module):
         if self.mode != "added":
             self.gate = linear(D, 1 if self.mode == "gated" else 2, bias=self.mode == "residual")
 
-    def forward(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
-        """The layer's output: (T, D), (T, D) -> (T, D)."""
-        shared_TD = self.down_proj(self.activation(self.get_submodule(self.first_name)(x_TD)))
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """The block's own output, before it is joined: (T, D) -> (T, D)."""
+        output_TD: Tensor = self.down_proj(self.activation(self.get_submodule(self.first_name)(x_TD)))
+        return output_TD
+
+    def join(self, x_TD: Tensor, routed_TD: Tensor, shared_TD: Tensor) -> Tensor:
+        """The layer's output from that of the routed experts and the block's own: three times (T, D) -> (T, D)."""
         if self.gate is None:
             output_TD: Tensor = routed_TD + shared_TD
         elif self.mode == "gated":

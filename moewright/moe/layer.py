@@ -95,14 +95,14 @@ class MoELayer(nn.Module):
             x_TD = torch.where(mask_T[:, None], x_TD, 0)
         routing = self.router(x_TD, config)
         if config.choice == "token":
-            routed_TD = self._tokens_choose(x_TD, routing, length=math.prod(hidden_states.shape[-2:-1]))
+            output_TD, shared_TD = self._tokens_choose(x_TD, routing, length=math.prod(hidden_states.shape[-2:-1]))
         else:
-            routed_TD = self._experts_choose(x_TD, routing)
+            output_TD, shared_TD = self._experts_choose(x_TD, routing)
         if self.shared is not None:
-            routed_TD = self.shared(x_TD, routed_TD)
-        return routed_TD.to(hidden_states.dtype).view(hidden_states.shape)
+            output_TD = self.shared.join(x_TD, output_TD, shared_TD)
+        return output_TD.to(hidden_states.dtype).view(hidden_states.shape)
 
-    def _tokens_choose(self, x_TD: Tensor, routing: Routing, *, length: int) -> Tensor:
+    def _tokens_choose(self, x_TD: Tensor, routing: Routing, *, length: int) -> tuple[Tensor, Tensor]:
         config, mask_T = self.config, self.context.token_mask
         experts_TK = routing.experts_TK
         kept_TK = within_capacity(experts_TK, routing.scores_TE, config, mask_T=mask_T, training=self.training)
@@ -114,9 +114,9 @@ class MoELayer(nn.Module):
             balance = self._balance_loss(routing, counts_E, length=length)
         weights_TK = self._with_losses(weights_TK, routing, counts_E, balance=balance, computed=computed)
 
-        return self._expert_sums(x_TD, experts_TK, weights_TK, kept_TK)
+        return self._outputs(x_TD, x_TD, experts_TK, weights_TK, kept_TK)
 
-    def _experts_choose(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _experts_choose(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """Each place that an expert has is a token of its own to the kernels: one that chose that expert."""
         config = self.config
         tokens_EC, weights_EC, kept_EC = choose_tokens(routing.scores_TE, config, mask_T=self.context.token_mask)
@@ -128,15 +128,21 @@ class MoELayer(nn.Module):
         experts_EC = torch.arange(config.num_experts, device=x_TD.device)[:, None].expand_as(tokens_EC)
         tokens_N = tokens_EC.flatten()
         as_choices = (per_place_EC.reshape(-1, 1) for per_place_EC in (experts_EC, weights_EC, kept_EC))
-        routed_ND = self._expert_sums(x_TD[tokens_N], *as_choices)
-        return torch.zeros_like(x_TD, dtype=weights_EC.dtype).index_add(0, tokens_N, routed_ND.to(weights_EC.dtype))
+        routed_ND, shared_TD = self._outputs(x_TD, x_TD[tokens_N], *as_choices)
+        routed_TD = torch.zeros_like(x_TD, dtype=weights_EC.dtype)
+        return routed_TD.index_add(0, tokens_N, routed_ND.to(weights_EC.dtype)), shared_TD
 
-    def _expert_sums(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
-        """Each token's weighted sum over its experts, wherever they are: (T, D)."""
-        rows_RD, weights_RL, permutation, ticket = self.exchange.send(x_TD, experts_TK, weights_TK, kept_TK)
+    def _outputs(
+        self, x_TD: Tensor, choosing_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, kept_NK: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of those that choose the weighted sum over their experts, wherever they are: (N, D); of all tokens the output
+        of the shared expert, or nothing: (T, D)."""
+        delivery = self.exchange.send(choosing_ND, experts_NK, weights_NK, kept_NK)
+        shared_TD = x_TD.new_empty(0) if self.shared is None else self.shared(x_TD)  # while the rows are on their way
+        rows_RD, weights_RL, permutation, ticket = self.exchange.arrive(delivery)
         name = self.config.kernel
         kernel = kernel_named(default_kernel(x_TD.device) if name == "auto" else name)
-        return self.exchange.receive(ticket, self.experts(rows_RD, weights_RL, permutation, kernel=kernel))
+        return self.exchange.receive(ticket, self.experts(rows_RD, weights_RL, permutation, kernel=kernel)), shared_TD
 
     def _balance_loss(self, routing: Routing, counts_E: Tensor, *, length: int) -> Tensor:
         scope, mask_T = self.config.balance_scope, self.context.token_mask

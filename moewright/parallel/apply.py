@@ -1,6 +1,5 @@
-"""Putting a model on several ranks, from outside, in one order: divide the experts, then shard everything."""
+"""Putting a model on several ranks, from outside, in one order: slice the dense parts, divide the experts, shard."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -15,44 +14,36 @@ from moewright.parallel.experts import divide_experts
 from moewright.parallel.mesh import Meshes
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.shard import reduce_gradients_at_the_end, reshard, shard
+from moewright.parallel.tensor import slice_dense
 
 
 def apply(model: PreTrainedModel, meshes: Meshes) -> None:
     """Put `model` on the ranks of `meshes`; every rank calls it, and the model is changed in place.
 
-    1. Experts: each rank of the axis `ep` keeps its own, and the layers' exchange becomes an all-to-all.
-    2. Sharding: the experts on the other axes of their mesh, the blocks and what is outside of them on the dense mesh.
+    1. Dense parts: each rank of the axis `tp` keeps its slice.
+    2. Experts: each rank keeps its own of the axis `ep`, and of `etp` its slice of them; the layers' exchange becomes
+       an all-to-all. Ranks of one `tp` group have the same tokens, of which each sends its share.
+    3. Sharding: the experts on the other axes of their mesh, the blocks and what is outside of them on the dense mesh.
 
     Recomputation is turned on before, through transformers. The model may be a skeleton on meta, which `fill` with
     `parts.boxes_of` and `parts.with_part` then gives each rank's part; or a live one, on its device and the same on all
     ranks, of which each rank keeps its part. Afterwards parameters are DTensors, and gradients are sums over all ranks:
     the loss must be divided by the targets of all. Make the optimiser after this.
 
-    Raises UsageError for a layer whose experts `ep` does not divide.
+    Raises UsageError for a layer whose experts `ep` does not divide, or whose width `etp` does not, and for what
+    `tensor.slice_dense` refuses.
     """
     layers = moe_layers(model)
     for number, layer in layers.items():
-        if layer.config.num_experts % meshes.degrees.ep:
-            raise UsageError(
-                f"ep={meshes.degrees.ep}: layer {number} has {layer.config.num_experts} experts; choose a divisor"
-            )
+        sizes = {"ep": (layer.config.num_experts, "experts"), "etp": (layer.config.expert_size, "units an expert")}
+        for name, (size, what) in sizes.items():
+            if size % (degree := getattr(meshes.degrees, name)):
+                raise UsageError(f"{name}={degree}: layer {number} has {size} {what}; choose a divisor")
+    slice_dense(model, meshes.dense["tp"])
     for layer in layers.values():
-        divide_experts(layer, meshes.experts["ep"])
+        divide_experts(layer, meshes)
     places = family_of(model.config).places(model.config)
     shard(model, [model.get_submodule(place.layer) for place in places], layers.values(), meshes)
-
-
-def sliced_sizes(model: PreTrainedModel) -> dict[str, int]:
-    """The sizes that tensor slicing must divide, by what messages call them."""
-    names = {
-        "attention heads": "num_attention_heads",
-        "key-value heads": "num_key_value_heads",
-        "units of a dense block": "intermediate_size",
-    }
-    sizes = {words: getattr(model.config, name, None) for words, name in names.items()}
-    shared = (layer.config.shared_size for layer in moe_layers(model).values())
-    sizes["units of a shared expert"] = math.gcd(*shared)
-    return {words: size for words, size in sizes.items() if size}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,112 +1,80 @@
-"""Experts divided among ranks: each holds its own, and tokens travel.
+"""Experts divided among ranks: each holds its own, or a slice of them.
 
-Letters: T tokens, K experts a token, D model width, E experts, e experts of this rank, N assignments that are computed,
-sorted by expert, R rows that arrived here, n ranks.
+Letters: D model width, E experts, F expert width, H width of the first product (2F when gated, the gate half first;
+else F).
 """
 
-from typing import Any, NamedTuple
+from functools import partial
 
-import torch
 from torch import Tensor, nn
-from torch import distributed as dist
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.nn import functional
 
-from moewright.moe.dispatch import combine, dispatch
-from moewright.moe.exchange import Delivery, Permutation, sort_by_expert
+from moewright.moe.exchange import Exchange, LocalExchange
+from moewright.moe.experts import Experts
 from moewright.moe.layer import MoELayer
-from moewright.moe.precision import autocast_dtype
+from moewright.parallel._torch import joined_shard
+from moewright.parallel.exchange import AllToAllExchange, SharedTokens
+from moewright.parallel.mesh import Meshes
 
 
-class _AllToAll(torch.autograd.Function):
-    """Rows to the ranks, so many to each, and so many from each; gradients go the way back."""
+def divide_experts(layer: MoELayer, meshes: Meshes) -> None:
+    """Leave each rank its part of the layer's experts, as DTensors on the axes `ep` and `etp` of the experts' mesh.
 
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, to: list[int], back: list[int], group: ProcessGroup) -> Tensor:
-        ctx.to, ctx.back, ctx.group = to, back, group
-        received = rows.new_empty(sum(back), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), back, to, group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        returned: Tensor = _AllToAll.apply(gradient, ctx.back, ctx.to, ctx.group)  # type: ignore[no-untyped-call]
-        return returned, None, None, None
-
-
-class _Ticket(NamedTuple):
-    to: list[int]
-    back: list[int]
-    permutation: Permutation
-    weights_TK: Tensor
-
-
-class AllToAllExchange:
-    """An `Exchange` over the ranks of a group, each of which holds equally many experts, in their order.
-
-    A row for each assignment goes to the rank of its expert, and comes back as the expert's output; the sums over a
-    token's choices are formed where the token is, in the precision of one process. Numbers of tokens may differ from
-    rank to rank and be 0; all ranks of the group must come by equally often.
-    """
-
-    def __init__(self, num_experts: int, group: ProcessGroup) -> None:
-        self.num_experts, self.group = num_experts, group
-        self.ranks = group.size()
-        assert num_experts % self.ranks == 0, "apply has refused it"
-
-    def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Delivery:
-        permutation = sort_by_expert(experts_TK, num_experts=self.num_experts, kept_TK=kept_TK)
-        ends_E = permutation.ends_E.long()
-        sent_ne = torch.diff(ends_E, prepend=ends_E.new_zeros(1)).view(self.ranks, -1)
-        arriving_ne, to, back = self.counts(sent_ne)
-
-        dtype = autocast_dtype(x_TD)  # the experts cast to it anyway, and fewer bytes travel
-        rows_ND = dispatch(x_TD if dtype is None else x_TD.to(dtype), permutation)[: sum(to)]
-        rows_RD: Tensor = _AllToAll.apply(rows_ND, to, back, self.group)  # type: ignore[no-untyped-call]
-
-        e = arriving_ne.shape[1]
-        expert_ne = torch.arange(e, device=x_TD.device).expand(self.ranks, e)
-        expert_R = expert_ne.flatten().repeat_interleave(arriving_ne.flatten(), output_size=sum(back))
-        return Delivery(
-            rows_RD,
-            weights_TK.new_ones(sum(back), 1),
-            sort_by_expert(expert_R[:, None], num_experts=e),
-            _Ticket(to, back, permutation, weights_TK),
-        )
-
-    def counts(self, sent_ne: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        """Of rows that go to each rank and its experts: those that arrive, (n, e), and the sums for each rank."""
-        arriving_ne = torch.empty_like(sent_ne)
-        dist.all_to_all_single(arriving_ne, sent_ne, group=self.group)
-        # The sizes of what follows are needed on the host: the one point at which it waits for the device.
-        to, back = torch.stack([sent_ne.sum(1), arriving_ne.sum(1)]).tolist()
-        return arriving_ne, to, back
-
-    def receive(self, ticket: _Ticket, y_RD: Tensor) -> Tensor:
-        to, back, permutation, weights_TK = ticket
-        y_ND: Tensor = _AllToAll.apply(y_RD, back, to, self.group)  # type: ignore[no-untyped-call]
-        missing = weights_TK.numel() - len(y_ND)  # assignments of no expert, whose weight is 0
-        return combine(functional.pad(y_ND, (0, 0, 0, missing)), weights_TK, permutation)
-
-
-def divide_experts(layer: MoELayer, mesh: DeviceMesh) -> None:
-    """Leave each rank of the one-dimensional `mesh` its part of the layer's experts, as DTensors.
+    | parameter | `ep` | `etp` |
+    |---|---|---|
+    | first (E, H, D), and its bias (E, H) | experts | units F: of gate and of up, the same |
+    | down (E, D, F) | experts | units F |
+    | bias of down (E, D) | experts | outputs D, so that the sum over slices adds it once |
 
     The parameters may be on meta, or hold the values of all experts, the same on all ranks.
     """
+    degrees = meshes.degrees
+    # fully_shard knows a mesh of one axis or two, and one is simpler to read where the other has one rank.
+    mesh = meshes.experts["ep", "etp"] if degrees.etp > 1 else meshes.experts["ep"]
     for name, parameter in list(layer.experts.named_parameters()):
-        e = len(parameter) // mesh.size()
-        first = mesh.get_local_rank() * e
-        part = parameter.detach()[first : first + e].clone()
+        part = _part(parameter.detach(), 0, degrees.ep, meshes.experts.get_local_rank("ep"))
+        placements: list[Placement] = [Shard(0)]
+        if degrees.etp > 1:
+            dim, joined = _sliced(layer.experts, name)
+            parts = part.unflatten(dim, (joined, -1))
+            part = _part(parts, dim + 1, degrees.etp, meshes.experts.get_local_rank("etp")).flatten(dim, dim + 1)
+            placements.append(joined_shard(dim, joined=joined) if joined > 1 else Shard(dim))
         whole = DTensor.from_local(
-            part, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+            part.clone(), mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
         layer.experts.register_parameter(name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
-    layer.experts.held = local_part
-    if mesh.size() > 1:
-        layer.exchange = AllToAllExchange(layer.config.num_experts, mesh.get_group())
+    layer.experts.held = partial(_held, slices=degrees.etp, number=meshes.experts.get_local_rank("etp"))
+
+    exchange: Exchange = LocalExchange(layer.config.num_experts)
+    if degrees.ep * degrees.etp > 1:
+        exchange = AllToAllExchange(layer.config.num_experts, meshes.travel, slices=degrees.etp)
+    layer.exchange = SharedTokens(exchange, meshes.dense.get_group("tp")) if degrees.tp > 1 else exchange
+
+
+def _sliced(experts: Experts, name: str) -> tuple[int, int]:
+    """The dim of a parameter that `etp` divides, and how many tensors are joined along it."""
+    if name == "down_proj":
+        return 2, 1
+    return 1, 2 if experts.gated and name.startswith(experts.first_name) else 1
+
+
+def _part(tensor: Tensor, dim: int, count: int, number: int) -> Tensor:
+    """One of so many parts along a dim, as DTensor makes them: the last ones may be smaller, or empty."""
+    size = tensor.shape[dim]
+    each = -(-size // count)
+    first = min(each * number, size)
+    return tensor.narrow(dim, first, min(each, size - first))
+
+
+def _held(name: str, parameter: Tensor, *, slices: int, number: int) -> Tensor:
+    """What this rank computes with: the bias of down with zeros for the outputs that other slices add it to."""
+    part = local_part(parameter)
+    if slices == 1 or name != "down_proj_bias":
+        return part
+    D = parameter.shape[1]
+    before = min(-(-D // slices) * number, D)
+    return functional.pad(part, (before, D - before - part.shape[1]))
 
 
 def local_part(tensor: Tensor) -> Tensor:

@@ -89,9 +89,7 @@ def slice_of(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
     """This rank's part of a tensor that is the same on all ranks, or on meta, divided on the one axis of `mesh`."""
 
     def with_local(part: Tensor) -> DTensor:
-        return DTensor.from_local(
-            part, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )
+        return DTensor.from_local(part, mesh, [placement], run_check=False, shape=tensor.shape, stride=tensor.stride())
 
     boxes = boxes_of(with_local(tensor.new_empty(0)))
     part = tensor.new_empty([max(held.stop for held in dim) for dim in zip(*(b.local for b in boxes), strict=True)])

@@ -11,11 +11,11 @@
 from collections.abc import Iterable
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moewright.moe.layer import MoELayer
+from moewright.parallel.config import Degrees
 from moewright.parallel.mesh import Meshes
 
 
@@ -34,7 +34,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], layers: Iterable[MoELay
             layer.experts,
             mesh=experts_mesh,
             reshard_after_forward=reshard,
-            shard_placement_fn=lambda parameter: _placement(parameter, meshes.experts["shard"], degrees.ep),
+            shard_placement_fn=lambda parameter: _placement(parameter, degrees),
         )
     for block in blocks:
         fully_shard(block, mesh=dense_mesh, reshard_after_forward=reshard)
@@ -58,8 +58,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _placement(parameter: nn.Parameter, mesh: DeviceMesh, ep: int) -> Shard:
-    """Experts as a whole where they divide, else the rows of each."""
-    experts = parameter.shape[0] // ep
-    by_rows = experts % mesh.size() != 0 and parameter.shape[1] % mesh.size() == 0
-    return Shard(1 if by_rows else 0)
+def _placement(parameter: nn.Parameter, degrees: Degrees) -> Shard:
+    """Experts as a whole where they divide, else a dim of each that is not sliced already and does."""
+    assert isinstance(parameter, DTensor), "experts were divided before"
+    ranks, sliced = degrees.expert_fsdp, [placement.dim for placement in parameter.placements]  # type: ignore[attr-defined]
+    if parameter.shape[0] // degrees.ep % ranks:
+        for dim in range(1, parameter.dim()):
+            if dim not in sliced and parameter.shape[dim] % ranks == 0:
+                return Shard(dim)
+    return Shard(0)

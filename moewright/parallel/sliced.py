@@ -42,11 +42,11 @@ class Axis:
 
     def gathered(self, part: Tensor, size: int) -> Tensor:
         """All parts along the last dim, `size` in all: each rank has as many as the first, those at the end fewer."""
-        missing = -(-size // self.mesh.size()) - part.shape[-1]
-        part = functional.pad(part, (0, missing)).contiguous()
+        most = -(-size // self.mesh.size())
+        part = functional.pad(part, (0, most - part.shape[-1])).contiguous()
         parts = [torch.empty_like(part) for _ in range(self.mesh.size())]
         dist.all_gather(parts, part, group=self.mesh.get_group())
-        return torch.cat(parts, dim=-1)[..., :size]
+        return torch.cat([part[..., : max(0, size - most * rank)] for rank, part in enumerate(parts)], dim=-1)
 
 
 class _Enter(torch.autograd.Function):
@@ -183,14 +183,15 @@ class Summed(Sliced):
         return self.compute(parts, *args, **kwargs)
 
 
-def become(module: nn.Module, how: type[Sliced], axis: Axis) -> None:
+def become(module: nn.Module, how: Any, axis: Axis) -> None:
     """Let a module compute in the way of `how`; its parameters stay as they are."""
     assert not isinstance(module, Sliced), "it is sliced already"
-    module.__class__ = _mixed(type(module), how)
+    kind: Any = type(module)
+    module.__class__ = _mixed(kind, how)
     module.__dict__["axis"] = axis
 
 
 @cache
-def _mixed(kind: type[nn.Module], how: type[Sliced]) -> type[nn.Module]:
+def _mixed(kind: Any, how: Any) -> type[nn.Module]:
     named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     return type(kind.__name__, (how, kind), named)

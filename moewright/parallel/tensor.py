@@ -65,7 +65,10 @@ STYLES: Final = {
 }
 """The styles that there are. All others are refused."""
 SLICES_OUTPUTS: Final = ("colwise", "packed_colwise")
-VOCABULARY: Final = {nn.Linear: "colwise_gather_output", nn.Embedding: "embedding_rowwise"}
+VOCABULARY: Final[tuple[tuple[type[nn.Module], str], ...]] = (
+    (nn.Linear, "colwise_gather_output"),
+    (nn.Embedding, "embedding_rowwise"),
+)
 """The styles of what shares one table of the vocabulary."""
 
 
@@ -91,7 +94,7 @@ def plan_of(model: PreTrainedModel) -> dict[str, str]:
         if isinstance(module, MoELayer) and module.shared is not None:
             first = "packed_colwise" if module.config.gated else "colwise"
             plan |= {f"{path}.shared.{module.shared.first_name}": first, f"{path}.shared.down_proj": "rowwise"}
-    return plan | _tied(model, plan)
+    return plan | _vocabulary(model, plan, family)
 
 
 def _paths(model: nn.Module) -> Iterator[str]:
@@ -106,8 +109,8 @@ def _paths(model: nn.Module) -> Iterator[str]:
 def _require_known(style: str, path: str, family: Family) -> None:
     if style not in STYLES:
         raise UsageError(
-            f"tp: {path} of {family.model_type} has the style {style} in the plan of transformers, and the styles that "
-            f"can be had are {', '.join(STYLES)}; choose tp=1"
+            f"{path} of {family.model_type} is to be sliced in the style {style}, says transformers, and styles can be "
+            f"{', '.join(STYLES)}; choose tp=1"
         )
 
 
@@ -121,21 +124,22 @@ def _require_complete(model: nn.Module, plan: Mapping[str, str], family: Family)
             path = f"{parent}.{name}"
             if path not in plan and path.rpartition(".")[0] not in plan.keys() - {parent}:
                 raise UsageError(
-                    f"tp: the plan of transformers for {family.model_type} says nothing of {path}, which sliced heads "
-                    "read; choose tp=1"
+                    f"{path} of {family.model_type} is used by sliced heads, and the plan of transformers does not "
+                    "say how; choose tp=1"
                 )
 
 
-def _tied(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """The styles of the modules that share the table of the vocabulary with one that has a style."""
-    tables = {
-        id(model.get_submodule(path).weight) for path, style in plan.items() if style in VOCABULARY.values()
-    }  # fmt: skip
+def _vocabulary(model: PreTrainedModel, plan: Mapping[str, str], family: Family) -> dict[str, str]:
+    """The styles of all modules with a table of the vocabulary, where input or output embeddings have one."""
+    names = (family.embedding, family.head)
+    if not any(name.removesuffix(".weight") in plan for name in names):
+        return {}
+    tables = {id(model.get_parameter(name)) for name in names}
     return {
         path: style
         for path, module in model.named_modules()
-        for kind, style in VOCABULARY.items()
-        if isinstance(module, kind) and id(module.weight) in tables and path not in plan
+        for kind, style in VOCABULARY
+        if isinstance(module, kind) and id(module._parameters["weight"]) in tables and path not in plan
     }
 
 
@@ -151,7 +155,9 @@ def slice_dense(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     family, plan = family_of(model.config), plan_of(model)
-    require_divisible(tp_divisors(model.config, moe_configs(model)), tp=mesh.size())
+    for words, size in sliced_sizes(model.config, moe_configs(model)).items():
+        if size % mesh.size():
+            raise UsageError(f"tp={mesh.size()}: this model has {size} {words}; choose a divisor")
     axis = Axis(mesh)
     sliced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
     attentions = set()
@@ -190,42 +196,32 @@ def _slice(
     module.register_parameter(name, sliced[id(whole)][1])
 
 
-def tp_divisors(config: PreTrainedConfig, layers: Mapping[int, MoEConfig] | None = None) -> dict[str, int]:
-    """What `tp` must divide, by name: the heads and widths of which a rank has its part.
+def sliced_sizes(config: PreTrainedConfig, layers: Mapping[int, MoEConfig] | None = None) -> dict[str, int]:
+    """What `tp` must divide, by what messages call it: heads and widths of which a rank has its part.
 
     `layers` are the mixtures of the model by layer number, whose shared experts count in the place of the blocks.
+    Widths that are gathered before they are used, and the vocabulary, may be divided unevenly.
     """
     family, layers = family_of(config), layers or {}
     plan = (config.base_model_tp_plan or {}) | dict(family.slices)
-    places = enumerate(family.places(config))
-    dense = {place.stack.name for layer, place in places if layer not in layers}
-    divisors: dict[str, int] = {}
+    dense = {place.stack.name for layer, place in enumerate(family.places(config)) if layer not in layers}
+    sizes: dict[str, int | None] = {}
     for stack in family.stacks:
-        several = stack.layer.partition("{layer}")[0] if len(family.stacks) > 1 else ""
-        local = [p for p, style in plan.items() if style in SLICES_OUTPUTS and p.startswith(several)]
-        widths = [path for path in local if _in_block(path, stack)]
-        heads = [path for path in local if path not in widths and ".experts." not in path and ".shared_" not in path]
-        fields = [stack.size] if widths and stack.name in dense else []
-        fields += [stack.heads, "num_key_value_heads"] if heads else []
-        divisors |= {name: getattr(config, name) for name in fields if getattr(config, name, None) is not None}
-    for layer, moe in layers.items():
-        if moe.shared_size and moe.shared_size not in divisors.values():
-            divisors[f"shared_size of layer {layer}"] = moe.shared_size
-    return divisors
+        several = len(family.stacks) > 1
+        whose = f"{stack.name} " if several else ""
+        prefix = stack.layer.partition("{layer}")[0] if several else ""
+        local = [path for path, style in plan.items() if style in SLICES_OUTPUTS and path.startswith(prefix)]
+        if any(_in_block(path, stack) for path in local) and stack.name in dense:
+            sizes[f"units of a dense {whose}block"] = getattr(config, stack.size)
+        if not all(_in_block(path, stack) or ".experts." in path or ".shared_" in path for path in local):
+            sizes[f"{whose}attention heads"] = getattr(config, stack.heads)
+            sizes[f"{whose}key-value heads"] = getattr(config, "num_key_value_heads", None)
+    shared = {moe.shared_size for moe in layers.values()}
+    sizes["units of a shared expert"] = math.gcd(*shared)
+    return {words: size for words, size in sizes.items() if size}
 
 
 def _in_block(path: str, stack: Stack) -> bool:
     """Whether a path of a plan is a projection of the feed-forward block itself."""
     parent, _, own = path.rpartition(".")
     return parent.endswith(f".{stack.block}") if stack.block else own.startswith("fc")
-
-
-def require_divisible(divisors: Mapping[str, int], *, tp: int) -> None:
-    """Raise UsageError, with the choices that there are, if `tp` does not divide all of `tp_divisors`."""
-    common = math.gcd(*divisors.values()) if divisors else 0
-    if common % tp:
-        found = ", ".join(f"{name} {number}" for name, number in divisors.items() if number % tp)
-        possible = [n for n in range(1, common + 1) if common % n == 0]
-        below, above = [n for n in possible if n < tp], [n for n in possible if n > tp]
-        choices = " or ".join(map(str, below[-1:] + above[:1]))
-        raise UsageError(f"tp={tp} does not divide {found}: choose {choices}")

@@ -26,7 +26,7 @@ tokens for experts, and what the all-to-alls send and receive; `communication`: 
 OWNERS: Final = {
     "torch/distributed/fsdp/_fully_shard/_fsdp_param.py": "gathered",
     "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py": "communication",
-    "moewright/parallel/experts.py": "dispatch",
+    "moewright/parallel/exchange.py": "dispatch",
     "moewright/moe/dispatch.py": "dispatch",
     "moewright/moe/exchange.py": "dispatch",
 }

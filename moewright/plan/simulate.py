@@ -20,7 +20,8 @@ from moewright.backbone.blocks import configure, moe_layers, routing_step
 from moewright.parallel._torch import simulated_ranks, without_memory
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees
-from moewright.parallel.experts import AllToAllExchange, local_part
+from moewright.parallel.exchange import AllToAllExchange, SharedTokens
+from moewright.parallel.experts import local_part
 from moewright.parallel.mesh import make_meshes
 from moewright.parallel.parts import with_part
 from moewright.parallel.ranks import Ranks

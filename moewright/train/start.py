@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moewright.backbone.blocks import configure, moe_layers
+from moewright.backbone.blocks import configure, moe_configs, moe_layers
 from moewright.backbone.device import device_of
 from moewright.backbone.formats.base import Format
 from moewright.backbone.load import FolderSource, fill, open_skeleton
@@ -30,11 +30,12 @@ from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError, settings_written
 from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
-from moewright.parallel.apply import ALONE, Parallel, apply, sliced_sizes
+from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import ParallelConfig, resolve
 from moewright.parallel.mesh import make_meshes, table
 from moewright.parallel.parts import boxes_of, with_part
 from moewright.parallel.ranks import Ranks
+from moewright.parallel.tensor import sliced_sizes
 from moewright.train.config import RunConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
 from moewright.upcycle.apply import file_digests, upcycling_of
@@ -125,8 +126,8 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
 
     Raises UsageError for degrees that do not fit the ranks or the experts.
     """
-    layers = [layer.config for layer in moe_layers(model).values()]
-    experts, sliced = [layer.num_experts for layer in layers], sliced_sizes(model)
+    layers = list(moe_configs(model).values())
+    experts, sliced = [layer.num_experts for layer in layers], sliced_sizes(model.config, moe_configs(model))
     with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
         degrees = resolve(
             config.parallel,
