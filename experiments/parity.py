@@ -37,7 +37,7 @@ from moewright.parallel.config import Degrees
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import Meshes, make_meshes
 from moewright.parallel.ranks import Ranks
-from moewright.train.start import recompute_blocks
+from moewright.parallel.recompute import recompute
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "parity.json"
@@ -114,7 +114,7 @@ def sparse_model(case: Case, dtype: torch.dtype) -> PreTrainedModel:
             first[E // 2 :] = -1e4
             second[:2] = -1e4
     if case.checkpointing:
-        recompute_blocks(model)
+        recompute(model, "block")
     return model.to(dtype).train()
 
 

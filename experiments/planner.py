@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 import torch
 from torch import distributed as dist
 
-from experiments.page import arguments, circumstances, renew, save
+from experiments.page import arguments, circumstances, save
 from moewright.data.config import DataConfig
 from moewright.parallel.config import ParallelConfig
 from moewright.plan.simulate import simulate
@@ -117,7 +117,9 @@ def on_rank(rank: int, folder: str, name: str) -> None:
     torch.set_num_threads(1)
     ranks = CASES[name][0]
     if ranks > 1:
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/{name}.store", ranks), rank=rank, world_size=ranks)
+        dist.init_process_group(
+            "gloo", store=dist.FileStore(f"{folder}/{name}.store", ranks), rank=rank, world_size=ranks
+        )
     before, found = anonymous(), list[int]()
     with watched(found):
         loop.train(run_file(Path(folder), name))
@@ -144,7 +146,13 @@ def planned(folder: Path, name: str) -> dict[str, int]:
 
 def row(folder: Path, name: str) -> dict[str, Any]:
     peak, before = measured(folder, name)
-    return {"layout": name, "ranks": CASES[name][0], "measured": peak, "before": before, "planned": planned(folder, name)}
+    return {
+        "layout": name,
+        "ranks": CASES[name][0],
+        "measured": peak,
+        "before": before,
+        "planned": planned(folder, name),
+    }
 
 
 def measure(names: list[str]) -> dict[str, Any]:
@@ -153,8 +161,18 @@ def measure(names: list[str]) -> dict[str, Any]:
         for name in names:
             rows.append(row(Path(folder), name))
             tensors = sum(rows[-1]["planned"].values())
-            print(name, "measured", rows[-1]["measured"] / 1e6, "before", rows[-1]["before"] / 1e6, "tensors", tensors / 1e6,
-                  "rest", (rows[-1]["measured"] - tensors) / 1e6, flush=True)
+            print(
+                name,
+                "measured",
+                rows[-1]["measured"] / 1e6,
+                "before",
+                rows[-1]["before"] / 1e6,
+                "tensors",
+                tensors / 1e6,
+                "rest",
+                (rows[-1]["measured"] - tensors) / 1e6,
+                flush=True,
+            )
         return {"made": circumstances(), "rows": rows}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import Placement
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -27,7 +28,7 @@ def simulated_ranks(ranks: int) -> Iterator[None]:
     from torch.distributed._tools import fake_collectives  # noqa: F401
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)  # type: ignore[no-untyped-call]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield
     finally:
@@ -50,4 +51,4 @@ def group_name(argument: Any) -> str | None:
 
 def group_size(name: str) -> int:
     """The number of ranks of a group."""
-    return int(_resolve_process_group(name).size())
+    return int(_resolve_process_group(GroupName(name)).size())

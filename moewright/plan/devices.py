@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Final, Literal
 
 import torch
@@ -80,6 +81,10 @@ class Workload:
     """Of a micro-batch of a rank."""
     dtype: torch.dtype
     """Of the products."""
+    param_dtype: torch.dtype = torch.float32
+    """Of the parameters."""
+    state_bytes: float = 8.0
+    """Of the optimiser for each parameter: moments, and a float32 master of a parameter that is less."""
     device: Literal["cpu", "cuda"] = "cuda"
     recompute: Recompute = "none"
     offload: Offload = "none"
@@ -95,5 +100,5 @@ class Workload:
 
     def share(self, ranks: int) -> tuple[int, int]:
         """Rows of a micro-batch, and micro-batches of the rank that has most, where so many ranks share the rows."""
-        size = min(self.micro_rows, -(-self.rows // ranks))
-        return size, -(-(-(-self.rows // size)) // ranks)
+        size = min(self.micro_rows, ceil(self.rows / ranks))
+        return size, ceil(ceil(self.rows / size) / ranks)

@@ -20,8 +20,9 @@ COMPONENTS: Final = (
     *("weights", "gradients", "optimizer", "gathered", "activations", "dispatch", "logits", "communication"),
     "allocator",
 )
-"""What a rank's memory is for. `gathered`: parameters and gradients that are whole for a while; `dispatch`: copies of
-tokens for experts, and what the all-to-alls send and receive; `communication`: buffers of other collectives; `allocator`: what is kept to be used again."""
+"""What a rank's memory is for. `gathered`: parameters and gradients that are whole, or cast, for a while; `dispatch`:
+copies of tokens for experts, and what the all-to-alls send and receive; `communication`: buffers of other collectives;
+`allocator`: what is kept to be used again."""
 
 OWNERS: Final = {
     "torch/distributed/fsdp/_fully_shard/_fsdp_param.py": "gathered",
@@ -35,6 +36,7 @@ AXES: Final = ("ep", "tp", "data")
 """`ep`: tokens to their experts and back; `tp`: between slices; `data`: parameters and gradients."""
 PASSING: Final = ("activations", "dispatch", "logits")
 JOURNEYS: Final = ("c10d::alltoall_base_", "_c10d_functional::all_to_all_single")
+REDUCTIONS: Final = ("c10d::_reduce_scatter_base_", "c10d::allreduce_")
 GATHERED: Final = 0.0
 COLLECTIVES: Final = {
     "c10d::_allgather_base_": (0, 1.0),
@@ -91,7 +93,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, *, vocabulary: int, axes: Mapping[str, str], on_cpu: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary, self.axes = vocabulary, axes
         self.phase: str | None = None
         """The component of all tensors that are made; None: that of whoever makes them."""
@@ -100,6 +102,8 @@ class Ledger(TorchDispatchMode):
         self.passing: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         """Bytes by axis."""
+        self.forward = False
+        """Whether a forward pass is on, in which `passing` is followed."""
         self._storages: dict[int, list[Any]] = {}  # bytes and component, by identity
         self._parameters: dict[int, nn.Parameter] = {}
         self._pool = Pool() if on_cpu else None
@@ -119,7 +123,10 @@ class Ledger(TorchDispatchMode):
 
     def gradients_of(self, module: nn.Module) -> None:
         """Count what the module's own parameters have as gradients, from when they have them, as gradients."""
-        self._parameters |= {id(p): p for p in module._parameters.values() if p is not None and p.requires_grad}
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in self._parameters:
+                self._parameters[id(parameter)] = parameter
+                parameter.register_post_accumulate_grad_hook(lambda one: self.tag(one.grad, "gradients"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -196,12 +203,10 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, component: str, count: int) -> None:
         self.now[component] += count
-        if count > 0 and component in PASSING:
+        if self.forward and count > 0 and component in PASSING:
             passing = Counter({name: self.now[name] for name in PASSING})
             self.passing = max(self.passing, passing, key=Counter.total)
         if count > 0 and self.now.total() > self.peak.total():
-            for parameter in self._parameters.values():
-                self.tag(parameter.grad, "gradients")
             self.peak = self.now.copy()
 
     def _owner(self, tensor: Tensor) -> str:
@@ -221,6 +226,9 @@ class Ledger(TorchDispatchMode):
         """What a rank sends, with the algorithms that send least."""
         if name not in COLLECTIVES:
             return
+        if name in REDUCTIONS:  # which leave gradients that no hook tells of: those before this one are there
+            for parameter in self._parameters.values():
+                self.tag(parameter.grad, "gradients")
         place, factor = COLLECTIVES[name]
         tensor = args[place][0] if isinstance(args[place], list | tuple) else args[place]
         group = next(name for name in map(group_name, args) if name is not None)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import configure, moe_layers, routing_step
+from moewright.moe.exchange import Delivery
 from moewright.parallel._torch import simulated_ranks, without_memory
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees
@@ -25,6 +26,7 @@ from moewright.parallel.experts import local_part
 from moewright.parallel.mesh import make_meshes
 from moewright.parallel.parts import with_part
 from moewright.parallel.ranks import Ranks
+from moewright.parallel.recompute import recompute
 from moewright.plan.devices import Workload
 from moewright.plan.ledger import AXES, COMPONENTS, Ledger, following_resizes
 
@@ -38,7 +40,7 @@ class Simulated:
     resident: Mapping[str, int]
     """Bytes by component between two steps."""
     passing: Mapping[str, int]
-    """Bytes of activations, dispatch and logits at the moment when these are most."""
+    """Bytes of activations, dispatch and logits at the moment of the forward pass when these are most."""
     traffic: Mapping[str, int]
     """Bytes that a rank sends in a step, by axis."""
 
@@ -46,20 +48,26 @@ class Simulated:
 class Exchange(AllToAllExchange):
     """An all-to-all of as many rows as is said, in place of those that routing would tell."""
 
-    def __init__(self, real: AllToAllExchange, *, rows: float) -> None:
-        super().__init__(real.num_experts, real.group)
-        self.rows = rows
-        """Rows that arrive here for each that is sent."""
+    def __init__(self, real: AllToAllExchange, *, load: float) -> None:
+        super().__init__(real.num_experts, real.group, slices=real.slices)
+        self.load, self.sent = load, 0
+        """Rows that arrive here for each that is sent, and rows that are sent."""
+
+    def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Delivery:
+        self.sent = experts_TK.numel() * self.slices
+        return super().send(x_TD, experts_TK, weights_TK, kept_TK)
 
     def counts(self, sent_ne: Tensor) -> tuple[Tensor, list[int], list[int]]:
-        each = ceil(self.sent / self.ranks)
-        to = [each] * (self.ranks - 1) + [self.sent - each * (self.ranks - 1)]
-        arriving = ceil(self.sent * self.rows / self.ranks)
-        return torch.empty_like(sent_ne), to, [arriving] * self.ranks
+        each, rest = divmod(self.sent, self.ranks)
+        to = [each + (rank < rest) for rank in range(self.ranks)]
+        return torch.empty_like(sent_ne), to, [ceil(self.sent * self.load / self.ranks)] * self.ranks
 
-    def send(self, x_TD: Tensor, experts_TK: Tensor, *rest: Any) -> Any:
-        self.sent = experts_TK.numel()
-        return super().send(x_TD, experts_TK, *rest)
+
+def _with_counts(exchange: Any, load: float) -> Any:
+    """The exchange of a layer with an all-to-all, if it has one, of so many rows."""
+    if isinstance(exchange, SharedTokens):
+        return SharedTokens(_with_counts(exchange.exchange, load), exchange.group)
+    return Exchange(exchange, load=load) if isinstance(exchange, AllToAllExchange) else exchange
 
 
 def simulate(model: PreTrainedModel, degrees: Degrees, work: Workload, *, skew: float = 1.0) -> Simulated:
@@ -69,6 +77,7 @@ def simulate(model: PreTrainedModel, degrees: Degrees, work: Workload, *, skew: 
     """
     model = copy.deepcopy(model)
     configure(model, kernel="native")  # of all kernels those for devices keep the same
+    recompute(model, work.recompute)
     ranks = degrees.ranks
     with simulated_ranks(ranks) if ranks > 1 else nullcontext():
         axes: dict[str, str] = {}
@@ -77,8 +86,7 @@ def simulate(model: PreTrainedModel, degrees: Degrees, work: Workload, *, skew: 
             axes = {meshes.dense.get_group("tp").group_name: "tp"} if degrees.tp > 1 else {}
             apply(model, meshes)
         for layer in moe_layers(model).values():
-            if isinstance(layer.exchange, AllToAllExchange):
-                layer.exchange = Exchange(layer.exchange, rows=skew)
+            layer.exchange = _with_counts(layer.exchange, skew)
         ledger = Ledger(vocabulary=model.config.vocab_size, axes=axes, on_cpu=work.device == "cpu")
         parallel = Parallel(ranks=Ranks(size=ranks, tp=degrees.tp), degrees=degrees) if ranks > 1 else ALONE
         with without_memory(), following_resizes(ledger), ledger:
@@ -111,7 +119,9 @@ def _step(model: PreTrainedModel, work: Workload, parallel: Parallel, ledger: Le
     for number in range(max(1, count - 1), count + 1):
         before = ledger.sent.copy()
         routing.begin_micro_batch({"decoder": 1 / count})
+        ledger.forward = True
         loss = work.loss(model, size)
+        ledger.forward = False
         parallel.begin_backward(model, last=number == count)
         loss.backward()
         routing.after_backward()

@@ -17,7 +17,7 @@ from moewright.errors import ModelError, UsageError, settings_written
 from moewright.family.table import family_of
 from moewright.optim.adamw import make_optimizer
 from moewright.parallel.config import Degrees, ParallelConfig, resolve
-from moewright.parallel.tensor import tp_divisors as sliced_sizes
+from moewright.parallel.tensor import sliced_sizes
 from moewright.plan.devices import Workload
 from moewright.train.config import RunConfig
 from moewright.train.objective import CausalLanguageModel

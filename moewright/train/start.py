@@ -35,6 +35,7 @@ from moewright.parallel.config import ParallelConfig, resolve
 from moewright.parallel.mesh import make_meshes, table
 from moewright.parallel.parts import boxes_of, with_part
 from moewright.parallel.ranks import Ranks
+from moewright.parallel.recompute import recompute
 from moewright.parallel.tensor import sliced_sizes
 from moewright.train.config import RunConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
@@ -91,8 +92,7 @@ def start(
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)
     require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in written_as.slots(model)))
-    if config.train.gradient_checkpointing:
-        recompute_blocks(model)
+    recompute(model, "block" if config.train.gradient_checkpointing else "none")
     parallel = prepare(model)
 
     tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
@@ -193,13 +193,6 @@ def _require_possible(data: DataConfig, source: ModelFolder) -> None:
             f"data.sequence_length = {data.sequence_length}, but the model has {positions} positions "
             "(max_position_embeddings): make it at most that"
         )
-
-
-def recompute_blocks(model: PreTrainedModel) -> None:
-    """Have every decoder layer recomputed in the backward pass instead of keeping its activations."""
-    # The first is the name since transformers 5.23 or a little earlier, the second goes away in 6.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
 
 
 def _read_rows(
