@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
-from typing import Final, Literal
+from typing import Any, Final, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from moewright.plan.units import written
 
 Recompute = Literal["none", "experts", "block"]
 Offload = Literal["none", "optimizer", "experts", "all"]
+MB: Final = 10**6
 GB: Final = 10**9
 
 
@@ -50,15 +51,22 @@ class Devices:
     """Bytes a second of a host's disk, for all of its devices together."""
 
     def __post_init__(self) -> None:
-        for name in ("number", "per_host"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)}: it must be at least 1")
+        for name, value in {"devices": self.number, "devices_per_host": self.per_host}.items():
+            if value < 1:
+                raise UsageError(f"{name}={value}: it must be at least 1")
         if self.number > self.per_host and self.number % self.per_host:
             raise UsageError(f"devices={self.number} with devices_per_host={self.per_host}: choose a multiple of it")
         if self.memory <= self.process:
             raise UsageError(
                 f"device_memory={written(self.memory)}: a process takes {written(self.process)} before the model does"
             )
+
+    @classmethod
+    def cpus(cls, **sizes: Any) -> Self:
+        """Processes on CPUs that gloo joins; the speeds are those of two cores each, in docs/planner.md."""
+        return cls(
+            process=400 * MB, host_process=0, flops=1e11, efficiency=0.5, within_host=1e9, between_hosts=1e9, **sizes
+        )
 
     @property
     def on_host(self) -> int:

@@ -99,6 +99,8 @@ class Ledger(TorchDispatchMode):
         """The component of all tensors that are made; None: that of whoever makes them."""
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.peaks: dict[str, Counter[str]] = {}
+        """The peak of each phase that `begin` has named."""
         self.passing: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         """Bytes by axis."""
@@ -106,11 +108,14 @@ class Ledger(TorchDispatchMode):
         """Whether a forward pass is on, in which `passing` is followed."""
         self._storages: dict[int, list[Any]] = {}  # bytes and component, by identity
         self._parameters: dict[int, nn.Parameter] = {}
+        self.begin("start")
         self._pool = Pool() if on_cpu else None
 
-    def begin(self) -> None:
-        """Forget the peak."""
-        self.peak = self.now.copy()
+    def begin(self, phase: str) -> None:
+        """Begin a phase, or go on with it: until the next, the peak is its own."""
+        self.peak = max(self.peaks.get(phase, Counter()), self.now.copy(), key=Counter.total)
+        self.peaks[phase] = self.peak
+        self._phase = phase
 
     @contextmanager
     def tagging(self, component: str) -> Iterator[None]:
@@ -207,7 +212,7 @@ class Ledger(TorchDispatchMode):
             passing = Counter({name: self.now[name] for name in PASSING})
             self.passing = max(self.passing, passing, key=Counter.total)
         if count > 0 and self.now.total() > self.peak.total():
-            self.peak = self.now.copy()
+            self.peak = self.peaks[self._phase] = self.now.copy()
 
     def _owner(self, tensor: Tensor) -> str:
         if tensor.dim() and tensor.shape[-1] == self.vocabulary:

@@ -76,7 +76,7 @@ def unit_of(sizes: Sizes, degrees: Degrees) -> float:
 
 
 def formula(sizes: Sizes, degrees: Degrees, work: Workload, *, passing: Mapping[str, int], skew: float) -> Memory:
-    """A rank's memory by component, all components at their most.
+    """A rank's memory by component, at the larger end of a backward pass: activations go as gradients come.
 
     `passing` are activations and logits of a micro-batch on a rank of its own (`simulate`, on one).
     """
@@ -98,7 +98,12 @@ def formula(sizes: Sizes, degrees: Degrees, work: Workload, *, passing: Mapping[
         device["gathered"] += kept.bytes(work.dtype.itemsize)
     device["logits"] *= 2  # and their gradient
     device["dispatch"] = passing["dispatch"] + _travelling(sizes, degrees, work, skew=skew)
-    return placed(device, work, held=part, unit=unit)
+    begin: tuple[str, ...] = ("gradients", "communication")
+    end = ("activations", "dispatch", "logits")
+    if whole or count > 1:  # gradients of the micro-batches before are there throughout
+        begin = ("communication",)
+    gone = min(begin, end, key=lambda names: sum(device[name] for name in names))
+    return placed(device | dict.fromkeys(gone, 0), work, held=part, unit=unit)
 
 
 def _travelling(sizes: Sizes, degrees: Degrees, work: Workload, *, skew: float) -> int:

@@ -173,3 +173,26 @@ def _row(one: Choice, devices: Devices, checked: int | None) -> dict[str, Any]:
         "needed": checked,
         "formula": one.memory.needed(devices),
     }
+
+
+def for_people(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with bytes in their units and times in seconds of few digits."""
+    shown = dict(facts)
+    if facts["fits"]:
+        del shown["change"]
+    for place in ("device", "host", "disk"):
+        sizes = ("memory", "needed", "free", "tensors", "process")
+        shown[place] = {
+            name: written(value) if name in sizes and value is not None else value
+            for name, value in facts[place].items()
+        }
+    shown["memory"] = [
+        row | {name: written(row[name]) for name in ("balanced", "skewed", "formula")} for row in facts["memory"]
+    ]
+    shown["traffic"] = [row | {name: written(row[name]) for name in ("bytes", "formula")} for row in facts["traffic"]]
+    if "layouts" in facts:
+        shown["layouts"] = [
+            row | {name: None if row[name] is None else written(row[name]) for name in ("needed", "formula")}
+            for row in facts["layouts"]
+        ]
+    return shown

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import configure, moe_layers, routing_step
+from moewright.family.table import family_of
 from moewright.moe.exchange import Delivery
 from moewright.parallel._torch import simulated_ranks, without_memory
 from moewright.parallel.apply import ALONE, Parallel, apply
@@ -29,20 +30,26 @@ from moewright.parallel.ranks import Ranks
 from moewright.parallel.recompute import recompute
 from moewright.plan.devices import Workload
 from moewright.plan.ledger import AXES, COMPONENTS, Ledger, following_resizes
+from moewright.plan.thin import FEW, further, with_few
 
 
 @dataclass(frozen=True)
 class Simulated:
     """A rank's step."""
 
-    peak: Mapping[str, int]
-    """Bytes by component at the moment when they are most."""
+    peaks: Mapping[str, Mapping[str, int]]
+    """Of each phase of the step, the bytes by component at the moment when they are most."""
     resident: Mapping[str, int]
     """Bytes by component between two steps."""
     passing: Mapping[str, int]
     """Bytes of activations, dispatch and logits at the moment of the forward pass when these are most."""
     traffic: Mapping[str, int]
     """Bytes that a rank sends in a step, by axis."""
+
+    @property
+    def peak(self) -> Mapping[str, int]:
+        """Bytes by component at the moment of the step when they are most."""
+        return max(self.peaks.values(), key=lambda counts: sum(counts.values()))
 
 
 class Exchange(AllToAllExchange):
@@ -73,9 +80,26 @@ def _with_counts(exchange: Any, load: float) -> Any:
 def simulate(model: PreTrainedModel, degrees: Degrees, work: Workload, *, skew: float = 1.0) -> Simulated:
     """A step of `model`, a skeleton on meta that is not changed, on the first of `degrees.ranks` ranks.
 
-    `skew` is the load of the busiest rank of an `ep` axis over the mean; it is this one.
+    `skew` is the load of the busiest rank of an `ep` axis over the mean; it is this one. Of many layers of a kind a few
+    are simulated: at every moment of a phase memory grows in a line with their number, so its peak does.
     """
-    model = copy.deepcopy(model)
+    times = further(model)
+    if not times:
+        return _simulate(copy.deepcopy(model), degrees, work, skew=skew)
+    few, more = (_simulate(with_few(model, most), degrees, work, skew=skew) for most in FEW)
+    return Simulated(
+        peaks={phase: _line(few.peaks[phase], more.peaks[phase], times) for phase in more.peaks},
+        resident=_line(few.resident, more.resident, times),
+        passing=_line(few.passing, more.passing, times),
+        traffic=_line(few.traffic, more.traffic, times),
+    )
+
+
+def _line(few: Mapping[str, int], more: Mapping[str, int], times: float) -> dict[str, int]:
+    return {name: max(0, round(more[name] + times * (more[name] - few[name]))) for name in more}
+
+
+def _simulate(model: PreTrainedModel, degrees: Degrees, work: Workload, *, skew: float) -> Simulated:
     configure(model, kernel="native")  # of all kernels those for devices keep the same
     recompute(model, work.recompute)
     ranks = degrees.ranks
@@ -114,28 +138,44 @@ def _step(model: PreTrainedModel, work: Workload, parallel: Parallel, ledger: Le
     size, count = work.share(parallel.ranks.data_size)
     routing = routing_step(model)
     traffic: Counter[str] = Counter()
-    ledger.begin()
+    _in_halves(model, ledger)
     # All but the last micro-batch are alike; of several the second one finds the gradients of the first.
     for number in range(max(1, count - 1), count + 1):
         before = ledger.sent.copy()
         routing.begin_micro_batch({"decoder": 1 / count})
+        ledger.begin("forward")
         ledger.forward = True
         loss = work.loss(model, size)
         ledger.forward = False
         parallel.begin_backward(model, last=number == count)
+        ledger.begin("backward, first half")
         loss.backward()
         routing.after_backward()
         del loss
         times = 1 if number == count else count - 1
         traffic += Counter({axis: times * sent for axis, sent in (ledger.sent - before).items()})
+    ledger.begin("update")
     with ledger.tagging("optimizer"):
         optimizer.step()
+    del ledger.peaks["start"]
     return Simulated(
-        peak=_components(ledger.peak),
+        peaks={phase: _components(peak) for phase, peak in ledger.peaks.items()},
         resident=_components(resident),
         passing=_components(ledger.passing),
         traffic={axis: traffic[axis] for axis in AXES},
     )
+
+
+def _in_halves(model: PreTrainedModel, ledger: Ledger) -> None:
+    """Tell the ledger when a backward pass is half way: activations go as gradients come, so the peak is at an end."""
+    places = family_of(model.config).places(model.config)
+
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if first.requires_grad:
+            first.register_hook(lambda gradient: ledger.begin("backward, second half"))
+
+    model.get_submodule(places[len(places) // 2 - 1 if len(places) > 1 else 0].layer).register_forward_hook(watch)
 
 
 def _components(counts: Mapping[str, int]) -> dict[str, int]:

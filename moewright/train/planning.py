@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from moewright.family.table import family_of
 from moewright.optim.adamw import make_optimizer
 from moewright.parallel.config import Degrees, ParallelConfig, resolve
 from moewright.parallel.tensor import sliced_sizes
-from moewright.plan.devices import Workload
+from moewright.plan.devices import Devices, Workload
+from moewright.plan.report import plan
 from moewright.train.config import RunConfig
 from moewright.train.objective import CausalLanguageModel
 from moewright.upcycle.config import UpcycleConfig
@@ -55,6 +57,31 @@ def degrees_of(config: RunConfig, model: PreTrainedModel, *, ranks: int) -> Degr
             widths=[layer.expert_size for layer in layers.values()],
             sliced=sliced_sizes(model.config, layers),
         )
+
+
+def plan_run(
+    config: RunConfig,
+    *,
+    devices: int,
+    device_memory: int,
+    host_memory: int | None = None,
+    devices_per_host: int = 8,
+    skew: float = 2.0,
+    search: bool = False,
+) -> dict[str, Any]:
+    """The plan of a run on so many devices with so many bytes, in plain types (`plan.report.plan`); nothing is read
+    but the model's config.json.
+
+    Raises UsageError and ModelError for settings that are no run, whatever it needs.
+    """
+    if not 1 <= skew <= devices:
+        raise UsageError(f"skew={skew:g}: the busiest rank has 1 to {devices} times the mean load of {devices} devices")
+    make = Devices.cpus if config.train.device == "cpu" else Devices
+    sizes = {"number": devices, "memory": device_memory, "host_memory": host_memory, "per_host": devices_per_host}
+    machines = make(**sizes)  # type: ignore[arg-type]
+    model = skeleton_of(config)
+    degrees = degrees_of(config, model, ranks=devices)
+    return plan(model, degrees, workload_of(config), machines, skew=skew, searching=search)
 
 
 def workload_of(config: RunConfig) -> Workload:
