@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 import torch
 from torch import distributed as dist
 
-from experiments.page import arguments, circumstances, save
+from experiments.page import arguments, circumstances, renew, save
 from moewright.data.config import DataConfig
 from moewright.parallel.config import ParallelConfig
+from moewright.plan.devices import Devices
+from moewright.plan.memory import Memory
 from moewright.plan.simulate import simulate
 from moewright.train import loop
 from moewright.train.config import RunConfig, TrainConfig
@@ -145,6 +147,7 @@ def planned(folder: Path, name: str) -> dict[str, int]:
 
 
 def row(folder: Path, name: str) -> dict[str, Any]:
+    """A case, measured and planned, in bytes."""
     peak, before = measured(folder, name)
     return {
         "layout": name,
@@ -155,30 +158,39 @@ def row(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def measure(names: list[str]) -> dict[str, Any]:
+def planned_total(row: dict[str, Any]) -> int:
+    """What the planner says that a process needs."""
+    return Memory(device=row["planned"], host={}, disk={}).needed(Devices.cpus(number=1, memory=2**60))
+
+
+def measure() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for name in names:
-            rows.append(row(Path(folder), name))
-            tensors = sum(rows[-1]["planned"].values())
-            print(
-                name,
-                "measured",
-                rows[-1]["measured"] / 1e6,
-                "before",
-                rows[-1]["before"] / 1e6,
-                "tensors",
-                tensors / 1e6,
-                "rest",
-                (rows[-1]["measured"] - tensors) / 1e6,
-                flush=True,
-            )
-        return {"made": circumstances(), "rows": rows}
+        return {"made": circumstances(), "rows": [row(Path(folder), name) for name in CASES]}
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Peaks that were measured and planned, and the largest components of the latter."""
+    lines = [
+        "| layout | processes | measured | planned | difference | of which |",
+        "|---| ---: | ---: | ---: | ---: |---|",
+    ]
+    for row in result["rows"]:
+        total = planned_total(row)
+        largest = sorted(row["planned"].items(), key=lambda item: -item[1])[:4]
+        parts = ", ".join(f"{name} {count / 1e6:,.0f}" for name, count in largest)
+        lines.append(
+            f"| {row['layout']} | {row['ranks']} | {row['measured'] / 1e6:,.0f} | {total / 1e6:,.0f} | "
+            f"{total / row['measured'] - 1:+.1%} | {parts} |"
+        )
+    made = result["made"]
+    lines += ["", f"In MB of 10^6 bytes. {made['versions']}, {made['machine']}, {made['date']}."]
+    return {"planner": "\n".join(lines)}
 
 
 def main() -> None:
     if not arguments(__doc__).parse_args().tables:
-        save(RESULT, measure(list(CASES)))
+        save(RESULT, measure())
+    renew(PAGE, RESULT, tables)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from moewright.backbone.graft import graft
 from moewright.data.pack import IGNORE, Batch, PackedRows
 from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer
+from moewright.parallel.recompute import recompute
 from moewright.train.config import TrainConfig
 from moewright.train.loop import held_out_loss, train_step
 from moewright.train.objective import CausalLanguageModel, Objective
-from moewright.train.start import recompute_blocks
 from tests.models import tiny_model
 
 END_TOKEN = 256
@@ -51,7 +51,7 @@ def sparse_model(*, balance_loss: float, z_loss: float, checkpointing: bool = Fa
             for parameter in layer.mlp.parameters():
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
     if checkpointing:
-        recompute_blocks(model)
+        recompute(model, "block")
     return model.train()
 
 

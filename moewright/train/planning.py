@@ -94,12 +94,12 @@ def workload_of(config: RunConfig) -> Workload:
         dtype=getattr(torch, train.dtype),
         device="cpu" if train.device == "cpu" else "cuda",
         recompute="block" if train.gradient_checkpointing else "none",
-        loss=partial(_loss, CausalLanguageModel(dtype=train.dtype), config.data.sequence_length),
+        loss=partial(loss_of, CausalLanguageModel(dtype=train.dtype), config.data.sequence_length),
         optimizer=partial(_optimizer, config),
     )
 
 
-def _loss(objective: CausalLanguageModel, length: int, model: PreTrainedModel, rows: int) -> Tensor:
+def loss_of(objective: CausalLanguageModel, length: int, model: PreTrainedModel, rows: int) -> Tensor:
     zeros = torch.zeros(rows, length, dtype=torch.int64)
     batch = Batch(input_ids=zeros, position_ids=zeros, targets=zeros, token_mask=zeros == 0)
     return objective.loss(model, batch)
