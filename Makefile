@@ -2,7 +2,7 @@
 # make demo    the main job on a real model, about ten minutes on two cores
 # make test    lint, types, and the tests that are quick
 # make test-full   the same with every test
-# make bench       layer and upcycling beside their peers, on this machine: renews benchmarks/results (about an hour on two cores)
+# make bench       layer, upcycling and training beside their peers, on this machine: renews benchmarks/results (about three hours on two cores)
 # make bench-env   what that needs, in .venv-bench
 
 PYTHON ?= python3
@@ -68,6 +68,7 @@ bench: bench-env
 	.venv-bench/bin/python benchmarks/moe_layer.py
 	.venv-bench/bin/python benchmarks/dispatch.py
 	.venv-bench/bin/python benchmarks/upcycle.py
+	.venv-bench/bin/python benchmarks/train.py
 
 clean:
 	rm -rf .venv .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

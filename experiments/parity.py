@@ -8,13 +8,13 @@ gets the same micro-batches as one process, dealt out unevenly; the largest diff
 element of the right one, is taken over the parameters of a class.
 """
 
-import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, this file's f
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -34,8 +33,10 @@ from moewright.moe.config import MoEConfig
 from moewright.optim.adamw import make_optimizer, update
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import Degrees
+from moewright.parallel.experts import local_part
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import Meshes, make_meshes
+from moewright.parallel.parts import boxes_of, whole
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.recompute import recompute
 
@@ -76,10 +77,21 @@ CASES = {
 }
 
 
-def layouts(ranks: int) -> Iterator[Degrees]:
-    """Every layout on so many ranks: ZeRO stage, number of copies, and slices of dense parts and of experts."""
+def layouts(ranks: int) -> list[Degrees]:
+    """Of all layouts so many that any two values that degrees can have together occur together."""
+    left = {degrees: set(combinations(asdict(degrees).items(), 2)) for degrees in every_layout(ranks)}
+    wanted, chosen = set[Any]().union(*left.values()), []
+    while wanted:
+        best = max(left, key=lambda degrees: len(left[degrees] & wanted))
+        chosen.append(best)
+        wanted -= left.pop(best)
+    return [degrees for degrees in every_layout(ranks) if degrees in chosen]
+
+
+def every_layout(ranks: int) -> Iterator[Degrees]:
+    """Every layout on so many ranks: ZeRO stage, slices of dense parts, of experts, and number of copies."""
     divisors = [n for n in range(1, ranks + 1) if ranks % n == 0]
-    for zero, tp, etp, ep, copies in itertools.product(range(4), divisors, divisors, divisors, divisors):
+    for zero, tp, etp, ep, copies in product(range(4), divisors, divisors, divisors, divisors):
         data = ranks // tp
         possible = (copies < data or data == 1) if zero else copies == data
         if possible and HEADS % tp == data % copies == (ranks // copies if zero else ranks) % (ep * etp) == 0:
@@ -170,16 +182,19 @@ def steps_of(model: PreTrainedModel, batches: list[tuple[list[Part], int]], para
         group["eps"] = EPS
     for parts, targets in batches:
         loss = backward(model, parts, targets, parallel)
-        gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        gradients = {name: copy_of(p.grad) for name, p in model.named_parameters()}
         numbers = clip_gradients(model.parameters(), max_norm=CLIP, loss=loss, ranks=parallel.ranks)
-        clipped = {name: whole(p.grad) for name, p in model.named_parameters()}
+        clipped = {name: copy_of(p.grad) for name, p in model.named_parameters()}
         update(optimizer, learning_rate=1e-3)
         yield gradients, clipped, numbers
 
 
-def whole(gradient: Tensor | None) -> Tensor:
+def copy_of(gradient: Tensor | None) -> Tensor:
     assert gradient is not None, "a parameter has no gradient"
-    return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).clone()
+    joined = whole(gradient)
+    for box in boxes_of(gradient):
+        assert torch.equal(local_part(gradient)[box.local], joined[box.whole]), "ranks hold different copies"
+    return joined.clone()
 
 
 def class_of(name: str) -> str:

@@ -1,8 +1,6 @@
 """``python -m moewright`` is the command ``moewright``."""
 
-import sys
-
-from moewright.cli import main
+from moewright.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import dispatch, memory, moe_layer, upcycle
+from benchmarks import dispatch, memory, moe_layer, train, train_table, upcycle
 from benchmarks.cases import (
     CASES,
     DTYPES,
@@ -203,6 +203,42 @@ def test_upcycling_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_training_steps_of_all_three_and_their_table(tmp_path: Path) -> None:
+    arguments = ["--models", "tiny", "--mixtures", "E16G4", "--tokens", "64", "--rounds", "2"]
+    train.main([*arguments, "--out", str(tmp_path), "--name", "here"])
+    content = json.loads((tmp_path / "here.json").read_text())
+    assert {"machine", "versions", "date", "minutes", "rows"} <= set(content)
+    found = {(row["dtype"], row["impl"]): row for row in content["rows"]}
+    assert set(found) == {(dtype, name) for dtype in train.DTYPES for name in ("dense", "ours", "transformers")}
+    for (dtype, name), row in found.items():
+        assert row["reason"] is None
+        assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"], rel=0.01)
+        assert sum(part["seconds"] for part in row["parts"].values()) == pytest.approx(row["seconds"], rel=0.3)
+        parts = {"forward", "experts", "backward", "norm and checks", "optimiser", "zeroing"}
+        assert set(row["parts"]) >= (parts if name == "dense" else parts | {"router"})
+        assert (row["casts"] is None) == (dtype == "fp32")
+        assert row["ratio_to_dense"] > 0
+    ours, plain = found["fp32", "ours"], found["fp32", "transformers"]
+    assert (ours["class"], plain["class"]) == ("LlamaForCausalLM", "MixtralForCausalLM")
+    assert ours["parameters"] == plain["parameters"] > 2 * found["fp32", "dense"]["parameters"]
+    assert (tmp_path / "here.md").read_text() == train_table.table(content)
+
+
+def test_a_twin_that_computes_something_else_has_no_time(tmp_path: Path) -> None:
+    case = train.Case("tiny", train.write_dense("tiny", tmp_path / "dense"), train.MIXTURES["E8G2"])
+    twin = case.contestants["transformers"].model
+    assert (
+        twin.model.layers[0].mlp.experts.down_proj
+        is case.contestants["ours"].model.model.layers[0].mlp.experts.down_proj
+    )
+    twin.model.norm.weight = torch.nn.Parameter(twin.model.norm.weight.detach() * 4)
+    rows = {row["impl"]: row for row in case.rows(dtype="fp32", tokens=64, rounds=1)}
+    assert rows["transformers"]["reason"].startswith("computes something else")
+    assert rows["transformers"]["seconds"] is None
+    assert rows["ours"]["ratio_to_dense"] > 0
+    assert rows["ours"]["ratio_to_transformers"] is None
+
+
 def test_a_process_that_fails_or_is_missing_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def commands(impl: str, source: Path, target: Path, *, dtype: str) -> list[str] | str:
         return "not installed" if impl == "mixturekit" else ["sh", "-c", "echo first; echo the reason >&2; exit 3"]
@@ -239,6 +275,11 @@ def test_readme_and_the_table_show_the_results() -> None:
     for result in RESULT.parent.glob("[cg]pu-*.json"):
         content = json.loads(result.read_text(encoding="utf-8"))
         assert result.with_suffix(".md").read_text(encoding="utf-8") == table(content), "run moe_layer.py --table FILE"
+    for result in RESULT.parent.glob("train-*.json"):
+        content = json.loads(result.read_text(encoding="utf-8"))
+        assert result.with_suffix(".md").read_text(encoding="utf-8") == train_table.table(content), (
+            "run train.py --table"
+        )
     for result in RESULT.parent.glob("upcycle-*.json"):
         content = json.loads(result.read_text(encoding="utf-8"))
         assert result.with_suffix(".md").read_text(encoding="utf-8") == upcycle.table(content), "run upcycle.py again"

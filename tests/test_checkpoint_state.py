@@ -67,7 +67,7 @@ def test_no_tensors_at_all(tmp_path: Path) -> None:
 
 def test_the_same_state_gives_the_same_bytes(tmp_path: Path) -> None:
     first, second = save(tmp_path / "a", 1), save(tmp_path / "b", 1)
-    assert names(first) == ["COMMITTED.json", "facts.json", "tensors.safetensors"]
+    assert names(first) == ["COMMITTED.json", "facts.json", "index.json", "rank-00000.safetensors"]
     for name in names(first):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -103,11 +103,11 @@ def edit_marker(path: Path, **changes: Any) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "bit in a tensor": (lambda p: flip(p / "tensors.safetensors"), "tensors.safetensors has another SHA-256"),
+    "bit in a tensor": (lambda p: flip(p / "rank-00000.safetensors"), "rank-00000.safetensors has another SHA-256"),
     "bit in the facts": (lambda p: flip(p / "facts.json"), "facts.json has another SHA-256"),
-    "truncated": (lambda p: os.truncate(p / "tensors.safetensors", 100), "tensors.safetensors has 100 bytes"),
+    "truncated": (lambda p: os.truncate(p / "rank-00000.safetensors", 100), "rank-00000.safetensors has 100 bytes"),
     "longer": (lambda p: os.truncate(p / "facts.json", 100), "facts.json has 100 bytes"),
-    "no tensors": (lambda p: (p / "tensors.safetensors").unlink(), "tensors.safetensors is missing"),
+    "no tensors": (lambda p: (p / "rank-00000.safetensors").unlink(), "rank-00000.safetensors is missing"),
     "no facts": (lambda p: (p / "facts.json").unlink(), "facts.json is missing"),
     "no marker": (lambda p: (p / "COMMITTED.json").unlink(), "COMMITTED.json is missing"),
     "empty marker": (lambda p: os.truncate(p / "COMMITTED.json", 0), "COMMITTED.json is damaged"),
@@ -115,7 +115,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "marker without files": (lambda p: edit_marker(p, files=None), "COMMITTED.json is damaged"),
     "marker of no files": (lambda p: edit_marker(p, files={}), "belongs to another state"),
     "marker of another step": (lambda p: edit_marker(p, step=3), "belongs to another state"),
-    "marker of another version": (lambda p: edit_marker(p, schema=2), "schema 2"),
+    "marker of another version": (lambda p: edit_marker(p, schema=3), "schema 3"),
     "empty folder": (lambda p: (shutil.rmtree(p), p.mkdir()), "COMMITTED.json is missing"),
     "a file": (lambda p: (shutil.rmtree(p), p.write_text("")), "COMMITTED.json is missing"),
 }
@@ -180,7 +180,7 @@ def test_an_unreadable_state_falls_back(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_damaged_later_state_never_costs_a_good_one(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, keep=3)
-    flip(tmp_path / "step-00000003" / "tensors.safetensors")
+    flip(tmp_path / "step-00000003" / "rank-00000.safetensors")
     save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
     assert step_of(newest_state(tmp_path)[0]) == 2
@@ -265,7 +265,7 @@ def test_a_root_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_state_that_changes_after_it_was_verified(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    os.truncate(path / "tensors.safetensors", 100)
+    os.truncate(path / "rank-00000.safetensors", 100)
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_state(path)
     shutil.rmtree(path)

@@ -166,3 +166,36 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_weights_of_autocast_are_cast_in_the_kernel_as_torch_casts(short, bias):
+    _, permutation = assignments()
+    results = []
+    for cast_before in (True, False):
+        tensors = leaves(short, bias=bias)
+        masters = [tensor.detach().float().mul(1.001).requires_grad_() for tensor in tensors[2:]]
+        seen = [master.to(short) for master in masters] if cast_before else masters
+        y = of_native([*tensors[:2], *seen], permutation)
+        results.append([y, *torch.autograd.grad(y, [*tensors[:2], *masters], torch.ones_like(y))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert results[0][-1].dtype == torch.float32
+
+
+def test_large_gradients_of_autocast_are_written_past_the_cache_with_the_same_bits(short):
+    generator, size, count = torch.Generator().manual_seed(0), 512, 8
+    x = torch.randn(48, size, generator=generator).to(short)
+    shapes = [(count, 2 * size, size), (count, size, size)]
+    masters = [(torch.randn(shape, generator=generator) * size**-0.5).requires_grad_() for shape in shapes]
+    assert masters[0].nbytes >= 1 << 24, "a case that tells nothing"
+    permutation = sort_by_expert(torch.arange(96).view(48, 2) % (count - 1), num_experts=count)
+    gradients = []
+    for seen in (masters, [master.to(short) for master in masters]):
+        y = native(x, torch.ones(48, 2), permutation, ExpertWeights(*seen, None, None, "silu", True))
+        gradients.append(torch.autograd.grad(y, masters, torch.ones_like(y)))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+        assert one[:-1].any()
+        assert not one[-1].any()

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from tests.ranks import expected_part, on_ranks
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
 
 
-def gradients_equal_one_process(rank: int, *, ranks: int, dtype: torch.dtype, every: int) -> None:
-    """Each layout with one of the cases in turn, or with each (`every` = 1)."""
-    pairs = [(degrees, name) for degrees in parity.layouts(ranks) for name in parity.CASES]
+def gradients_equal_one_process(rank: int, *, ranks: int, dtype: torch.dtype, every: int, whole: bool = False) -> None:
+    """Each layout with one of the cases in turn, or with each (`every` = 1); `whole`: every layout that there is."""
+    layouts = parity.every_layout if whole else parity.layouts
+    pairs = [(degrees, name) for degrees in layouts(ranks) for name in parity.CASES]
     for degrees, name in pairs[::every]:
         errors = parity.errors(name, degrees, dtype=dtype)
         assert max(errors.values()) <= TOLERANCE[dtype], f"{parity.describe(degrees)}, {name}: {errors}"
@@ -30,18 +32,26 @@ def gradients_equal_one_process(rank: int, *, ranks: int, dtype: torch.dtype, ev
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_and_clipping_on_two_ranks(tmp_path: Path, dtype: torch.dtype) -> None:
-    # Eight layouts of seven cases each: every 6th pair meets all of both.
+    # Of seven cases for each layout every 6th pair meets all of both.
     on_ranks(partial(gradients_equal_one_process, ranks=2, dtype=dtype, every=6), tmp_path, ranks=2)
 
 
 def test_gradients_and_clipping_on_four_ranks(tmp_path: Path) -> None:
-    on_ranks(partial(gradients_equal_one_process, ranks=4, dtype=torch.float64, every=15), tmp_path, ranks=4)
+    on_ranks(partial(gradients_equal_one_process, ranks=4, dtype=torch.float64, every=6), tmp_path, ranks=4)
 
 
 def fewer_experts_than_shards(rank: int) -> None:
-    # The experts' rows are sharded where these divide: here those of down, and not the 30 of gate and up.
-    parity.CASES["few"] = parity.Case(changes={"num_experts": 2, "top_k": 1, "expert_size": 15})
-    degrees = Degrees(ranks=4, zero=3)
+    # What is sharded is then a dim that divides and is not sliced yet, and else the experts, unevenly.
+    few = {"num_experts": 2, "top_k": 1, "expert_size": 15}
+    holds_its_part(rank, few, Degrees(ranks=4, zero=3), {"gate_up_proj": (2, 30, 8), "down_proj": (2, 8, 15)})
+    odd = {"num_experts": 3, "top_k": 2, "expert_size": 14, "expert_bias": True}
+    held = {"gate_up_proj": (3, 14, 16), "down_proj": (3, 16, 7), "gate_up_proj_bias": (2 - rank // 2, 14)}
+    holds_its_part(rank, odd, Degrees(ranks=4, etp=2, zero=3), held)
+
+
+def holds_its_part(rank: int, changes: dict[str, Any], degrees: Degrees, held: dict[str, tuple[int, ...]]) -> None:
+    parity.CASES["few"] = parity.Case(changes=changes)
+    parity.on_one_process.cache_clear()
     errors = parity.errors("few", degrees, dtype=torch.float64)
     assert max(errors.values()) <= TOLERANCE[torch.float64], errors
 
@@ -49,8 +59,10 @@ def fewer_experts_than_shards(rank: int) -> None:
     right = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     apply(model, parity.meshes(degrees))
     parameters = dict(model.named_parameters())
-    down = "model.layers.1.mlp.experts.down_proj"
-    assert local_part(parameters[down]).shape == (2, 8, 15)
+    experts = "model.layers.1.mlp.experts"
+    for name, shape in held.items():
+        assert local_part(parameters[f"{experts}.{name}"]).shape == shape, name
+    down = f"{experts}.down_proj"
     for name, parameter in parameters.items():
         assert torch.equal(local_part(parameter), expected_part(parameter, right[name]))
 
@@ -85,12 +97,22 @@ def test_rows_are_dealt_out_in_order(rows: int, size: int, ranks: int, expected:
     assert sum(map(len, shares)) == rows
 
 
+def test_ranks_of_one_slice_have_the_same_rows_and_random_numbers() -> None:
+    four = [Ranks(rank=rank, size=4, tp=2) for rank in range(4)]
+    assert [four[rank].share(5, size=2) for rank in range(4)] == [slice(0, 2)] * 2 + [slice(2, 6)] * 2
+    seeds = [ranks.seed(1, step=2) for ranks in four]
+    assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
+    assert seeds[::2] == [Ranks(rank=rank, size=2).seed(1, step=2) for rank in range(2)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_gradients_and_clipping_in_all_layouts_and_cases(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
-    on_ranks(partial(gradients_equal_one_process, ranks=ranks, dtype=dtype, every=1), tmp_path, ranks=ranks)
+    whole = dtype == torch.float64  # rounding is another matter than layouts
+    work = partial(gradients_equal_one_process, ranks=ranks, dtype=dtype, every=1, whole=whole)
+    on_ranks(work, tmp_path, ranks=ranks)
 
 
 @pytest.mark.parametrize(
@@ -224,4 +246,16 @@ def test_the_table_of_ranks() -> None:
         "shard 0   rank 0            rank 1            rank 2            rank 3",
         "shard 1   rank 4            rank 5            rank 6            rank 7",
     ]
+    many = table(Degrees(ranks=512, tp=2, ep=16, zero=2), experts=16).splitlines()
+    assert many[:3] == [
+        "E+D+Z+M on 512 ranks: tp 2, ep 16, dense parts in 2 slices sharded over 256 ranks (zero 2)",
+        "the same rows on ranks 0-1, 2-3, 4-5, 6-7, 8-9, 10-11, ..., 510-511",
+        "          expert 0   expert 1   expert 2   expert 3   expert 4   expert 5   ...        expert 15",
+    ]
+    assert [line.split()[:4] for line in many[7:]] == [
+        ["shard", "4", "rank", "64"],
+        ["..."],
+        ["shard", "31", "rank", "496"],
+    ]
+    assert many[-1].endswith("...        rank 511")
     assert table(Degrees(ranks=2, zero=3)) == "E+D+Z on 2 ranks: ep 1, dense parts sharded over 2 ranks (zero 3)"

@@ -17,6 +17,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
@@ -38,6 +39,9 @@ from tests.runs import at_step, evaluations, make_run, metrics, send
 SPARSE = UpcycleConfig(experts=4, top_k=2, router_std=0.5)
 E_D_Z = ParallelConfig(layout="E+D+Z", ep=1, zero=3)
 E_Z = ParallelConfig(layout="E+Z", zero=1)
+E_D_M = ParallelConfig(layout="E+D+M", tp=2)
+SLICES = ParallelConfig(layout="E+Z-Off+M", tp=2, etp=2, zero=3)
+GLOBAL = MoESettings(capacity_factor=1.0, min_capacity=1, balance_loss=0.05, balance_scope="global")
 RANDOM = MoESettings(capacity_factor=1.0, min_capacity=1, drop_policy="random", logit_noise=0.1, balance_loss=0.05)
 
 
@@ -86,6 +90,8 @@ def test_two_ranks_train_as_one_process(tmp_path: Path) -> None:
         "uneven": (E_D_Z, {"batch_size": 3, "micro_batch_size": 1, "gradient_checkpointing": True}),
         "fewer micro-batches than ranks": (E_Z, {"batch_size": 1, "micro_batch_size": 1}),
         "dense": (ParallelConfig(zero=3), {"upcycle": None}),
+        "the same rows on both": (E_D_M, {"moe": GLOBAL}),  # which one process alone knows of a whole step
+        "slices": (SLICES, {}),
     }
     alone = [make(tmp_path, out=f"{name} alone", **settings) for name, (_, settings) in cases.items()]
     several = [make(tmp_path, parallel, out=name, **settings) for name, (parallel, settings) in cases.items()]
@@ -107,8 +113,10 @@ def test_a_run_goes_on_in_any_layout(tmp_path: Path) -> None:
         at_step(patch, 1, send(signal.SIGTERM))
         with pytest.raises(Preempted):
             train(config)
-    train_on(2, tmp_path / "a", replace(config, parallel=E_D_Z), stop_at=3, stop_rank=1)
-    train_on(2, tmp_path / "b", config, stop_at=5)
+    train_on(2, tmp_path / "a", replace(config, parallel=E_D_Z), stop_at=2, stop_rank=1)
+    train_on(2, tmp_path / "b", replace(config, parallel=SLICES), stop_at=3, stop_rank=1)
+    train_on(2, tmp_path / "c", replace(config, parallel=E_D_M), stop_at=4)
+    train_on(2, tmp_path / "d", config, stop_at=5)
     train(config)
     assert_same_losses(config, expected)
 
@@ -116,15 +124,17 @@ def test_a_run_goes_on_in_any_layout(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_goes_on_with_four_ranks_and_with_two(tmp_path: Path) -> None:
     # No balance loss, which is one of micro-batches: four ranks have smaller ones.
-    moe = MoESettings(z_loss=0.01)
+    moe = MoESettings(balance_loss=0.0, z_loss=0.01)
     expected = make(tmp_path, out="expected", steps=6, moe=moe)
     train(expected)
     config = make(tmp_path, steps=6, moe=moe)
     sharded = ParallelConfig(layout="E+D+Z", ep=2, zero=3)
     copies = ParallelConfig(ep=2, zero=2, dp_replicate=2)
+    slices = ParallelConfig(tp=2, etp=2, ep=1, zero=1)
     train_on(4, tmp_path / "a", replace(config, parallel=sharded), stop_at=1, stop_rank=3)
     train_on(2, tmp_path / "b", replace(config, parallel=E_Z), stop_at=3)
-    train_on(4, tmp_path / "c", replace(config, parallel=copies), stop_at=5, stop_rank=1)
+    train_on(4, tmp_path / "c", replace(config, parallel=slices), stop_at=4, stop_rank=2)
+    train_on(4, tmp_path / "d", replace(config, parallel=copies), stop_at=5, stop_rank=1)
     train(config)
     assert_same_losses(config, expected)
 
@@ -225,6 +235,14 @@ def fails_alone(rank: int, *, config: RunConfig) -> None:
         on_first_rank(model.parameters(), full, ranks=ranks)
     assert stopped.value.told == (rank > 0)
 
+    odd = AutoConfig.for_model("llama", hidden_size=24, num_attention_heads=3, num_key_value_heads=3, vocab_size=8)
+    notes: list[str] = []
+    without = replace(config, parallel=ParallelConfig(layout="E+Z-Off+M"))
+    parallel = divide(AutoModelForCausalLM.from_config(odd), without, ranks=ranks, note=notes.append)
+    assert (parallel.degrees.tp, parallel.degrees.zero) == (1, 2)
+    assert notes[1].startswith("without tensor slicing: nothing but 1 divides 2 ranks, ")
+    assert "3 attention heads" in notes[1]
+
     refused = replace(config, parallel=ParallelConfig(ep=3))
     with pytest.raises(UsageError, match=r"parallel\.ep = 3 with 2 ranks and 4 experts a layer: choose 1 or 2"):
         train(refused)
@@ -240,7 +258,8 @@ def test_what_fails_on_one_rank_fails_on_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("whom", ["launcher", "rank", "rank killed"])
 def test_signals_under_torchrun(tmp_path: Path, whom: str) -> None:
-    config = make(tmp_path, steps=100_000, data={"eval_fraction": 0.0})
+    background = {"checkpoint_every": 1, "async_checkpoints": True} if whom == "launcher" else {}
+    config = make(tmp_path, steps=100_000, data={"eval_fraction": 0.0}, **background)
     (tmp_path / "run.toml").write_text(to_toml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
@@ -267,6 +286,9 @@ def test_signals_under_torchrun(tmp_path: Path, whom: str) -> None:
         assert len(re.findall(r"moewright: error: rank 0 has lost another one \(.*goes on from the newest", shown)) == 1
         return
     (step,) = re.findall(r"error: SIGTERM: stopped and saved after step (\d+) of 100000", shown)
-    assert [path.name for path in (Path(config.out) / "checkpoints").iterdir()] == [f"step-{int(step):08}"]
+    states = sorted(path.name for path in (Path(config.out) / "checkpoints").iterdir())
+    assert states[-1] == f"step-{int(step):08}"
+    assert len(states) == (2 if background else 1)
+    assert not any("tmp" in name for name in states)
     if whom == "rank":  # the launcher says how the rank ended that it saw first
         assert re.search(r"exitcode\s*: 75", shown), shown

@@ -21,7 +21,7 @@ from moewright.checkpoint.state import SavedState
 from moewright.data.pack import Batch
 from moewright.errors import CheckpointError, DataError, ModelError, ResourceError, UsageError
 from moewright.train import folder as run_folder
-from moewright.train import loop, resume, start
+from moewright.train import loop, resume, saving, start
 from moewright.train.config import RunConfig
 from moewright.train.folder import open_run
 from moewright.train.loop import train
@@ -296,8 +296,10 @@ def test_a_signal_ends_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_step_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_run(tmp_path, checkpoint_every=1)
-    saved, original = [], resume.save
-    monkeypatch.setattr(resume, "save", lambda *a, **k: saved.append(k["position"].step) or original(*a, **k))
+    saved, original = [], saving.write_rank
+    monkeypatch.setattr(
+        saving, "write_rank", lambda path, **k: saved.append(int(path.name[5:13])) or original(path, **k)
+    )
     with monkeypatch.context() as patch:
         at_step(patch, 3, send(signal.SIGTERM))
         with pytest.raises(loop.Preempted):

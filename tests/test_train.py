@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def state(config: RunConfig, step: int) -> dict[str, torch.Tensor]:
-    return load_file(Path(config.out) / "checkpoints" / f"step-{step:08}" / "tensors.safetensors")
+    return load_file(Path(config.out) / "checkpoints" / f"step-{step:08}" / "rank-00000.safetensors")
 
 
 def assert_same_run(first: RunConfig, second: RunConfig) -> None:
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path, monkeypatch: 
         at_step(patch, 5, send(signal.SIGINT))
         with pytest.raises(Preempted, match="SIGINT"):
             train(damaged)
-    tensors = Path(damaged.out) / "checkpoints" / "step-00000005" / "tensors.safetensors"
+    tensors = Path(damaged.out) / "checkpoints" / "step-00000005" / "rank-00000.safetensors"
     content = bytearray(tensors.read_bytes())
     content[-1] ^= 1
     tensors.write_bytes(content)

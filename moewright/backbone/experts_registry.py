@@ -18,7 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 
 from moewright.errors import UsageError
 from moewright.moe.activations import ACTIVATIONS
-from moewright.moe.exchange import sort_by_expert
+from moewright.moe.exchange import Permutation, sort_by_expert
 from moewright.moe.experts import ExpertWeights
 from moewright.moe.kernels import default_kernel, kernel_named
 
@@ -37,19 +37,25 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """(T, D), (T, K) experts, (T, K) weights -> (T, D), by the default kernel of the device.
 
     `self` is an experts module of transformers, E stacked blocks. Assignments to expert E or beyond, which is how
-    transformers marks those of other ranks, add nothing. Raises `UsageError` for a block that computes more
-    than `down(act(gate) * up)` or `down(act(up))`.
+    transformers marks those of other ranks, add nothing. Raises `UsageError` as `sums` does.
     """
-    experts = _weights(self)
-    num_experts = experts.first_EHD.shape[0]
+    num_experts = len(self.down_proj)  # type: ignore[arg-type]
     # Before transformers 5.23 or so a module does not say whether there may be such assignments.
     kept_TK = top_k_index < num_experts if getattr(self, "_is_expert_parallel", True) else None
     permutation = sort_by_expert(top_k_index, num_experts=num_experts, kept_TK=kept_TK)
+    return sums(self, hidden_states, top_k_weights, permutation).to(hidden_states.dtype)
+
+
+def sums(module: nn.Module, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
+    """(T, D), (T, K) -> (T, D): the weighted sums over the experts of a module of transformers, in their dtype.
+
+    Raises `UsageError` for a block that computes more than `down(act(gate) * up)` or `down(act(up))`.
+    """
+    experts = _weights(module)
     # As the other products of the registry do: under autocast a norm may hand over float32.
-    x_TD = hidden_states.to(experts.first_EHD.dtype)
-    weights_TK = top_k_weights.to(torch.promote_types(x_TD.dtype, torch.float32))
-    y_TD = kernel_named(default_kernel(x_TD.device))(x_TD, weights_TK, permutation, experts)
-    return y_TD.to(hidden_states.dtype)
+    x_TD = x_TD.to(experts.first_EHD.dtype)
+    weights_TK = weights_TK.to(torch.promote_types(x_TD.dtype, torch.float32))
+    return kernel_named(default_kernel(x_TD.device))(x_TD, weights_TK, permutation, experts)
 
 
 def _weights(module: Any) -> ExpertWeights:

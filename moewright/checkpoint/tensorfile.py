@@ -150,7 +150,7 @@ def read_tensor(info: TensorInfo, index: tuple[slice, ...] | None = None) -> Ten
     dims = [range(size)[part] for size, part in zip(info.shape, parts, strict=True)]
     assert all(dim.step == 1 for dim in dims), f"{info.name}: a slice of {index} has a step"
     shape = [len(dim) for dim in dims]
-    data = _memory(math.prod(shape) * info.dtype.itemsize)
+    data = memory(math.prod(shape) * info.dtype.itemsize)
     # Not mapped into memory: a file that shrinks meanwhile, or a bad disk, would then end the process with a signal.
     with info.file.open("rb", buffering=0) as file:
         rest = data.numpy().data
@@ -174,7 +174,7 @@ def _stretches(info: TensorInfo, dims: Sequence[range]) -> Iterator[tuple[int, i
         yield info.start + sum(map(operator.mul, place, strides)), len(dims[last]) * strides[last]
 
 
-def _memory(size: int) -> Tensor:
+def memory(size: int) -> Tensor:
     """Memory that goes back to the system when it is dropped: malloc would keep blocks of many megabytes."""
     if size < LARGE_BYTES:
         return torch.empty(size, dtype=torch.uint8)

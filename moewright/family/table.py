@@ -124,7 +124,19 @@ FAMILIES: Final = {
         ),
         Family(model_type="phi3", form=Form(up="gate_up_proj", fused=True), growth=PHI3),
         Family(model_type="granite", bias="mlp_bias", growth=LLAMA),
-        Family(model_type="nemotron", form=Form(), bias="mlp_bias", norm_offset=1.0, growth=LLAMA),
+        Family(
+            model_type="nemotron",
+            form=Form(),
+            bias="mlp_bias",
+            norm_offset=1.0,
+            growth=LLAMA,
+            slices={  # as in transformers since 5.23 or a little earlier
+                **_sliced(_ATTENTION, "q_proj k_proj v_proj", "o_proj"),
+                "model.layers.*.mlp.up_proj": "colwise",
+                "model.layers.*.mlp.down_proj": "rowwise",
+                "lm_head": "colwise_gather_output",
+            },
+        ),
         Family(
             model_type="gpt_neox",
             stacks=(Stack(layer="gpt_neox.layers.{layer}"),),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moewright.errors import UsageError
 from moewright.moe.activations import activation_named
 from moewright.moe.config import MoEConfig
 from moewright.moe.exchange import Permutation
@@ -28,12 +29,26 @@ class ExpertWeights(NamedTuple):
     gated: bool
     """Whether an expert computes `down(act(gate(x)) * up(x))` or `down(act(up(x)))`."""
 
+    def to(self, dtype: torch.dtype) -> "ExpertWeights":
+        """All four in a dtype; without a copy where they have it."""
+        matrices = self._replace(first_EHD=self.first_EHD.to(dtype), down_EDF=self.down_EDF.to(dtype))
+        return matrices.biases_to(dtype)
+
+    def biases_to(self, dtype: torch.dtype) -> "ExpertWeights":
+        """The same, but the matrices as they are."""
+        first, down = self.first_bias_EH, self.down_bias_ED
+        return self._replace(
+            first_bias_EH=None if first is None else first.to(dtype),
+            down_bias_ED=None if down is None else down.to(dtype),
+        )
+
 
 Kernel = Callable[[Tensor, Tensor, Permutation, ExpertWeights], Tensor]
 """`kernel(x_TD, weights_TK, permutation, experts) -> y_TD`: each token's weighted sum over its experts.
 
-`x_TD` and the weights of the experts share a dtype, which `y_TD` has too; `weights_TK` is float32 (float64
-with float64). Sorted assignments from `permutation.ends_E[-1]` on belong to no expert: they add nothing, and
+Products are in the dtype of `x_TD`, which `y_TD` has too. The weights of the experts have it as well, or float32 under
+autocast: a kernel casts them, and their gradients back, where that costs least. `weights_TK` is float32 (float64 with
+float64). Sorted assignments from `permutation.ends_E[-1]` on belong to no expert: they add nothing, and
 the gradient of their combine weight is zero. All tensor arguments are differentiable.
 """
 
@@ -67,13 +82,12 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
             nn.init.uniform_(getattr(self, name), -(inputs**-0.5), inputs**-0.5)
 
-    def weights(self, dtype: torch.dtype | None = None) -> ExpertWeights:
-        """The parameters, cast to `dtype` if one is given."""
+    def weights(self) -> ExpertWeights:
+        """The parameters, as far as they are held here."""
 
         def parameter(name: str) -> Tensor:
             # Not get_parameter: adapters put a computed tensor in its place.
-            value = self.held(name, getattr(self, name))
-            return value if dtype is None else value.to(dtype)
+            return self.held(name, getattr(self, name))
 
         return ExpertWeights(
             parameter(self.first_name),
@@ -85,10 +99,17 @@ class Experts(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, *, kernel: Kernel) -> Tensor:
-        """(T, D) -> (T, D): for each token the sum of its experts' outputs, weighted with `weights_TK`."""
+        """(T, D) -> (T, D): for each token the sum of its experts' outputs, weighted with `weights_TK`.
+
+        Raises UsageError for tokens and weights of two dtypes without autocast.
+        """
         # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
-        dtype = autocast_dtype(x_TD)
-        return kernel(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, self.weights(dtype))
+        weights, dtype = self.weights(), autocast_dtype(x_TD)
+        if dtype is None and x_TD.dtype != weights.first_EHD.dtype:
+            raise UsageError(
+                f"tokens of {x_TD.dtype} and experts of {weights.first_EHD.dtype}: cast one, or use autocast"
+            )
+        return kernel(x_TD if dtype is None else x_TD.to(dtype), weights_TK, permutation, weights)
 
 
 def _whole(name: str, parameter: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The model on several ranks: config, ranks, mesh, experts, shard, parts, gradients, apply."""
+"""The model on several ranks: config, ranks, mesh, tensor, exchange, experts, shard, parts, gradients, apply."""

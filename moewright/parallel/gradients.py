@@ -5,9 +5,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from moewright.parallel.experts import local_part
+from moewright.parallel.parts import copy_of
 from moewright.parallel.ranks import Ranks
 
 
@@ -22,25 +22,19 @@ def clip_gradients(
     finite has such a norm on all.
     """
     parameters = list(parameters)
-    if ranks.size == 1:
-        whole = nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
-        return float(loss), float(whole)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if ranks.size == 1:
+        whole = nn.utils.get_total_norm(gradients)
+        # As torch's own function, which multiplies with 1 otherwise: two passes over all gradients for nothing.
+        if max_norm and max_norm / (whole + 1e-6) < 1:
+            nn.utils.clip_grads_with_norm_(parameters, max_norm, whole)
+        return float(loss), float(whole)
     squares = loss.new_zeros((), dtype=torch.float64)
     for gradient in gradients:
-        squares += torch.linalg.vector_norm(local_part(gradient)).double().square() / _copies(gradient, ranks)
+        squares += torch.linalg.vector_norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
     total, square = ranks.totals(torch.stack([loss.double() / ranks.tp, squares])).tolist()
     norm = math.sqrt(square)
     if max_norm and norm > max_norm:
         for gradient in gradients:
             local_part(gradient).mul_(max_norm / (norm + 1e-6))
     return total, norm
-
-
-def _copies(gradient: Tensor, ranks: Ranks) -> int:
-    """How many ranks hold the same part of a gradient."""
-    if not isinstance(gradient, DTensor):
-        return ranks.size
-    sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
-    copies = math.prod(size for placement, size in sizes if isinstance(placement, Replicate))
-    return copies * (ranks.size // gradient.device_mesh.size())  # other meshes of the kind have it as well

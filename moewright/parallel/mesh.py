@@ -1,12 +1,16 @@
 """The two meshes over the ranks: one for the dense parts, one for the experts."""
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moewright.parallel.config import Degrees
+
+MOST: Final = 8
+"""How many columns and lines a table of ranks has at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,7 @@ def make_meshes(degrees: Degrees, *, device_type: str) -> Meshes:
 
 
 def table(degrees: Degrees, *, experts: int = 0) -> str:
-    """The ranks as a small table, with the experts of a layer that has so many: for people."""
+    """The ranks as a small table, with the experts of a layer that has so many; of many ranks the first few."""
     tp, etp = degrees.tp, degrees.etp
     dense = "dense parts" + (f" in {tp} slices" if tp > 1 else "")
     dense += f" in {degrees.dp_replicate} copies" if degrees.dp_replicate > 1 else ""
@@ -53,18 +57,24 @@ def table(degrees: Degrees, *, experts: int = 0) -> str:
     sizes = (f"tp {tp}, " if tp > 1 else "") + f"ep {degrees.ep}, " + (f"etp {etp}, " if etp > 1 else "")
     lines = [f"{degrees.layout} on {degrees.ranks} ranks: {sizes}{dense} (zero {degrees.zero})"]
     if tp > 1:
-        groups = (f"{first}-{first + tp - 1}" for first in range(0, degrees.ranks, tp))
-        lines.append(f"the same rows on ranks {', '.join(groups)}")
+        groups = [f"{first}-{first + tp - 1}" for first in range(0, degrees.ranks, tp)]
+        lines.append(f"the same rows on ranks {', '.join(_few(groups))}")
     if not experts:
         return "\n".join(lines)
     each = experts // degrees.ep
     heads = [f"experts {at}-{at + each - 1}" if each > 1 else f"expert {at}" for at in range(0, experts, each)]
     if etp > 1:
         heads = [f"{head}, {part}/{etp}" for head in heads for part in range(1, etp + 1)]
-    width = max(len(head) for head in heads) + 2
     label = "shard" if degrees.expert_fsdp > 1 else "copy"
-    lines.append(" " * 10 + "".join(head.ljust(width) for head in heads).rstrip())
+    rows = [["", *_few(heads)]]
     for row in range(degrees.ranks // len(heads)):
-        ranks = (f"rank {row * len(heads) + column}".ljust(width) for column in range(len(heads)))
-        lines.append(f"{label} {row}".ljust(10) + "".join(ranks).rstrip())
-    return "\n".join(lines)
+        first = row * len(heads)
+        rows.append([f"{label} {row}", *_few([f"rank {first + column}" for column in range(len(heads))])])
+    if len(rows) > MOST:
+        rows[MOST - 2 : -1] = [["..."]]
+    widths = [10] + [max(len(head) for head in heads) + 2] * MOST
+    return "\n".join(lines + ["".join(map(str.ljust, row, widths)).rstrip() for row in rows])
+
+
+def _few(words: list[str]) -> list[str]:
+    return words if len(words) <= MOST else [*words[: MOST - 2], "...", words[-1]]

@@ -4,7 +4,7 @@ A parameter that is divided among ranks is a DTensor; every other tensor is whol
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -98,9 +98,47 @@ def slice_of(tensor: Tensor, mesh: DeviceMesh, placement: Placement) -> DTensor:
     return with_local(part)
 
 
+def copy_of(tensor: Tensor, ranks: Ranks) -> tuple[int, int]:
+    """Which copy of its part this rank holds, counted from 0, and how many copies of it there are."""
+    if not isinstance(tensor, DTensor):
+        return ranks.rank, ranks.size
+    mesh = tensor.device_mesh
+    coordinate, siblings = mesh.get_coordinate(), ranks.size // mesh.size()
+    assert coordinate is not None, "a rank outside of the mesh"
+    # Without the axis `tp`, the last one, there is such a mesh for each place on it.
+    mine, copies = int(mesh.mesh.min()) if siblings > 1 else 0, siblings
+    assert mine < copies, "the mesh lacks another axis than the last"
+    for placement, at, size in zip(tensor.placements, coordinate, tensor.device_mesh.shape, strict=True):
+        if isinstance(placement, Replicate):
+            mine, copies = mine * size + at, copies * size
+    return mine, copies
+
+
+def written_here(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The names of the tensors of which this rank writes what it holds, so that each part is written once.
+
+    All ranks give the same names in the same order, and each its parts of the tensors. The ranks that hold copies of
+    a part take turns, so that each writes about as many bytes.
+    """
+    names, loads = [], dict[int, list[int]]()
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].numel()):
+        mine, copies = copy_of(tensor, ranks)
+        load = loads.setdefault(copies, [0] * copies)
+        chosen = load.index(min(load))
+        load[chosen] += tensor.numel() * tensor.element_size()
+        if chosen == mine:
+            names.append(name)
+    return names
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A small tensor, whole on every rank; all must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Not `full_tensor`, which knows nothing of joined tensors once `fully_shard` has divided them further.
+    joined = _own(tensor, [range(size) for size in tensor.shape])
+    dist.all_reduce(_bits(joined))
+    return joined
 
 
 def on_first_rank(tensors: Iterable[Tensor], work: Callable[[Bring], T], *, ranks: Ranks) -> T | None:
@@ -118,7 +156,7 @@ def on_first_rank(tensors: Iterable[Tensor], work: Callable[[Bring], T], *, rank
             while (request := _broadcast(torch.empty(1 + 2 * MOST_DIMS, dtype=torch.int64), ranks))[0] != DONE:
                 number, *bounds = request
                 tensor = divided[number]
-                _collect(tensor, [range(*bounds[2 * d : 2 * d + 2]) for d in range(tensor.dim())], ranks)
+                _collect(tensor, [range(*bounds[2 * d : 2 * d + 2]) for d in range(tensor.dim())])
         else:
             try:
                 result = work(_Bringer({id(tensor): n for n, tensor in enumerate(divided)}, ranks))
@@ -147,7 +185,7 @@ class _Bringer:
         bounds = [bound for held in wanted for bound in (held.start, held.stop)]
         request = [self.numbers[id(tensor)], *bounds, *[0] * (2 * (MOST_DIMS - len(wanted)))]
         _broadcast(torch.tensor(request), self.ranks)
-        whole = _collect(tensor, wanted, self.ranks)
+        whole = _collect(tensor, wanted)
         return whole[tuple(0 if dim in dropped else slice(None) for dim in range(whole.dim()))]
 
 
@@ -160,11 +198,20 @@ def _broadcast(request: Tensor, ranks: Ranks) -> list[int]:
 
 
 @torch.no_grad()
-def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
+def _collect(tensor: DTensor, wanted: list[range]) -> Tensor:
     """On the first rank the part `wanted`, to which each rank gives what it holds of it."""
+    joined = _own(tensor, wanted)
+    dist.reduce(_bits(joined), dst=0)
+    return joined
+
+
+@torch.no_grad()
+def _own(tensor: DTensor, wanted: list[range]) -> Tensor:
+    """The part `wanted`, with zeros for what this rank does not hold, or a rank before it does."""
     local = local_part(tensor)
     joined = local.new_zeros([len(held) for held in wanted])
-    for box in [] if _is_copy(tensor) else boxes_of(tensor):
+    is_copy = copy_of(tensor, Ranks(rank=dist.get_rank(), size=dist.get_world_size()))[0] > 0
+    for box in [] if is_copy else boxes_of(tensor):
         meeting = [
             range(max(its.start, held.start), min(its.stop, held.stop))
             for its, held in zip(wanted, box.whole, strict=True)
@@ -175,17 +222,10 @@ def _collect(tensor: DTensor, wanted: list[range], ranks: Ranks) -> Tensor:
                 slice(m.start - held.start, m.stop - held.start) for m, held in zip(meeting, box.whole, strict=True)
             )
             joined[to] = local[box.local][of]
-    # Added up as whole numbers: one rank has the bits of an element, and all others have zeros.
-    bits = joined.flatten().view(torch.uint8)
-    dist.reduce(bits.view(torch.int32) if len(bits) % 4 == 0 else bits, dst=0)
     return joined
 
 
-def _is_copy(tensor: DTensor) -> bool:
-    """Whether a rank before this one holds the same part."""
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank outside of the mesh"
-    if int(mesh.mesh.min()) > 0:  # without the axis `tp`, there is such a mesh for each place on it
-        return True
-    return any(isinstance(p, Replicate) and at for p, at in zip(tensor.placements, coordinate, strict=True))
+def _bits(tensor: Tensor) -> Tensor:
+    """Its memory as whole numbers, to be added up: one rank has the bits of an element, and all others have zeros."""
+    bits = tensor.flatten().view(torch.uint8)
+    return bits.view(torch.int32) if len(bits) % 4 == 0 else bits

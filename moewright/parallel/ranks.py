@@ -89,6 +89,19 @@ class Ranks:
         dist.broadcast(shared, src=0)
         return bytes(shared.tolist()).decode()
 
+    def texts(self, text: str) -> list[str]:
+        """The text of each rank, in the order of ranks."""
+        if self.size == 1:
+            return [text]
+        data = text.encode()
+        lengths = [row[0] for row in self.gathered([len(data)])]
+        mine = torch.zeros(max(lengths), dtype=torch.uint8, device=self.device)
+        if data:
+            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everyones = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyones, mine)
+        return [bytes(row[:length].tolist()).decode() for row, length in zip(everyones, lengths, strict=True)]
+
     def seed(self, seed: int, *, step: int) -> int:
         """The seed of a step's random numbers for these rows: the same after whatever steps the process has made."""
         return int(np.random.SeedSequence((seed, self.data_rank, step)).generate_state(1, np.uint64)[0])
@@ -128,9 +141,14 @@ class Ranks:
         self.meet()
 
 
-def _another_failed(rank: int, code: int) -> MoewrightError:
+def error_of(code: int, message: str) -> MoewrightError:
+    """An error of the kind that has this exit code."""
     kinds = {kind.exit_code: kind for kind in MoewrightError.__subclasses__()}
-    error = kinds.get(code, MoewrightError)(f"rank {rank} has failed")
+    return kinds.get(code, MoewrightError)(message)
+
+
+def _another_failed(rank: int, code: int) -> MoewrightError:
+    error = error_of(code, f"rank {rank} has failed")
     error.told = True
     return error
 

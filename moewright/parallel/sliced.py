@@ -13,6 +13,7 @@ other's transpose. Forward and backward of the four:
 | `own_part` | own part | gather |
 """
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -28,11 +29,21 @@ from moewright.parallel.experts import local_part
 from moewright.parallel.parts import boxes_of
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Axis:
-    """The ranks among which a module is sliced: a mesh of one dimension."""
+    """The ranks among which the modules of a model are sliced: a mesh of one dimension."""
 
     mesh: DeviceMesh
+    last: tuple[weakref.ref[Tensor], Tensor] | None = None
+    """What was read last, and what came of it; until the backward pass."""
+
+    def entered(self, x: Tensor) -> Tensor:
+        """`x`, whole here, for a module that gives slices. Modules that read it in turn share one sum of gradients."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x
+        if self.last is None or self.last[0]() is not x:
+            self.last = (weakref.ref(x), _Enter.apply(x, self))  # type: ignore[no-untyped-call]
+        return self.last[1]
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, on each of them."""
@@ -57,6 +68,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.axis.last = None  # it would keep the graph
         return ctx.axis.summed(gradient), None
 
 
@@ -127,7 +139,7 @@ class Columns(Sliced):
     """A linear map of which each rank has some outputs: reads what is whole, and gives its slice."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.compute(self.parts(), _Enter.apply(x, self.axis))  # type: ignore[no-untyped-call]
+        y: Tensor = self.compute(self.parts(), self.axis.entered(x))
         return y
 
 

@@ -45,20 +45,25 @@ class Style:
     """How a module computes; None where nothing changes."""
     placements: Mapping[str, Placement] = field(default_factory=dict)
     """How its parameters are divided; those that are not here stay whole."""
+    kind: type[nn.Module] = nn.Module
+    """What module it can be for."""
+    parameter: Placement | None = None
+    """How a parameter that is named itself is divided; None where none can be."""
 
 
 ROWS: Final = {"weight": Shard(0), "bias": Shard(0)}
+COLUMNS: Final = {"weight": Shard(1)}
 JOINED: Final = {name: joined_shard(0, joined=2) for name in ("weight", "bias")}
 STYLES: Final = {
-    "colwise": Style(Columns, ROWS),
-    "colwise_gather_output": Style(GatheredColumns, ROWS),
-    "colwise_rep": Style(GatheredColumns, ROWS),
-    "packed_colwise": Style(Columns, JOINED),
-    "rowwise": Style(Rows, {"weight": Shard(1)}),
-    "rowwise_split_input": Style(SplittingRows, {"weight": Shard(1)}),
-    "rowwise_rep": Style(SplittingRows, {"weight": Shard(1)}),
-    "embedding_rowwise": Style(Entries, {"weight": Shard(0)}),
-    "embedding_by_head": Style(Local, {"weight": Shard(1)}),  # of ours: its outputs are read by sliced heads
+    "colwise": Style(Columns, ROWS, nn.Linear, parameter=Shard(0)),
+    "colwise_gather_output": Style(GatheredColumns, ROWS, nn.Linear),
+    "colwise_rep": Style(GatheredColumns, ROWS, nn.Linear),
+    "packed_colwise": Style(Columns, JOINED, nn.Linear),
+    "rowwise": Style(Rows, COLUMNS, nn.Linear),
+    "rowwise_split_input": Style(SplittingRows, COLUMNS, nn.Linear),
+    "rowwise_rep": Style(SplittingRows, COLUMNS, nn.Linear),
+    "embedding_rowwise": Style(Entries, {"weight": Shard(0)}, nn.Embedding),
+    "embedding_by_head": Style(Local, COLUMNS, nn.Embedding),  # of ours: sliced heads read its outputs
     "replicated_with_grad_allreduce": Style(Summed),
     "local_params": Style(Local),
     "replicate": Style(),
@@ -75,20 +80,22 @@ VOCABULARY: Final[tuple[tuple[type[nn.Module], str], ...]] = (
 def plan_of(model: PreTrainedModel) -> dict[str, str]:
     """The style of each module or parameter of this model that has one, by its path; of MoELayers only what is dense.
 
-    Raises UsageError for a style that there is not, and for a parameter that heads divided among ranks read and of
-    which the plan says nothing.
+    Raises UsageError where there is no plan, for a style that there is not, and for a parameter that sliced heads read
+    and of which the plan says nothing.
     """
     family = family_of(model.config)
     rules = [
         (re.compile(re.escape(path).replace(r"\*", r"\d+")), style)
         for path, style in ((model.tp_plan or {}) | dict(family.slices)).items()
     ]
-    plan = {}
+    modules, plan = dict(model.named_modules()), {}
     for path in _paths(model):
         for pattern, style in rules:
             if pattern.fullmatch(path):
-                _require_known(style, path, family)
+                _require_possible(style, path, modules.get(path), family)
                 plan[path] = style
+    if not plan:
+        raise UsageError(f"transformers has no plan for slices of {family.model_type}: choose tp=1")
     _require_complete(model, plan, family)
     for path, module in model.named_modules():
         if isinstance(module, MoELayer) and module.shared is not None:
@@ -106,11 +113,14 @@ def _paths(model: nn.Module) -> Iterator[str]:
             yield path
 
 
-def _require_known(style: str, path: str, family: Family) -> None:
-    if style not in STYLES:
+def _require_possible(style: str, path: str, module: nn.Module | None, family: Family) -> None:
+    """Refuse a style that there is not, or not for this module; None stands for a parameter."""
+    known = STYLES.get(style)
+    if known is None or (known.parameter is None if module is None else not isinstance(module, known.kind)):
+        what = "" if known is None else f" of {'parameters' if module is None else type(module).__name__}"
         raise UsageError(
-            f"{path} of {family.model_type} is to be sliced in the style {style}, says transformers, and styles can be "
-            f"{', '.join(STYLES)}; choose tp=1"
+            f"{path} of {family.model_type}: the plan of transformers slices it in the style {style}{what}, which "
+            f"cannot be had; those that can are {', '.join(STYLES)}: choose tp=1"
         )
 
 
@@ -160,23 +170,24 @@ def slice_dense(model: PreTrainedModel, mesh: DeviceMesh) -> None:
             raise UsageError(f"tp={mesh.size()}: this model has {size} {words}; choose a divisor")
     axis = Axis(mesh)
     sliced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
-    attentions = set()
+    heads, counting = family.counts_heads, set()
     for path, name in plan.items():
         style = STYLES[name]
         parent, _, own = path.rpartition(".")
         owner = model.get_submodule(parent)
         if own in owner._parameters:  # a parameter without a module
-            _slice(owner, own, style.placements["bias"], mesh, sliced)
+            assert style.parameter is not None, "the plan was checked"
+            _slice(owner, own, style.parameter, mesh, sliced)
             continue
         module = model.get_submodule(path)
         for parameter, placement in style.placements.items():
             _slice(module, parameter, placement, mesh, sliced)
         if style.module is not None:
             become(module, style.module, axis)
-        if name in SLICES_OUTPUTS and hasattr(owner, family.counts_heads or ""):
-            attentions.add(owner)
-    for attention in attentions:
-        setattr(attention, str(family.counts_heads), getattr(attention, str(family.counts_heads)) // mesh.size())
+        if heads and name in SLICES_OUTPUTS and hasattr(owner, heads):
+            counting.add((owner, heads))
+    for attention, attribute in counting:
+        setattr(attention, attribute, getattr(attention, attribute) // mesh.size())
 
 
 def _slice(

@@ -83,6 +83,9 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many checkpoints are kept, the newest first."""
 
+    async_checkpoints: bool = False
+    """Copy the state to host memory, and write it while training goes on; else training waits until it is written."""
+
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (extra `track`)."""
 
@@ -192,6 +195,8 @@ def ignored_settings(config: RunConfig, *, sparse: bool) -> list[str]:
         ignored.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
     if train.schedule == "constant" and train.min_learning_rate_ratio != TrainConfig.min_learning_rate_ratio:
         ignored.append(("train.min_learning_rate_ratio", train.min_learning_rate_ratio, "train.schedule is constant"))
+    if train.async_checkpoints and not train.checkpoint_every:
+        ignored.append(("train.async_checkpoints", "true", "train.checkpoint_every is 0"))
     if data.eval_files and data.eval_fraction != DataConfig.eval_fraction:
         ignored.append(("data.eval_fraction", data.eval_fraction, "data.eval_files is given"))
     return [f"{name} = {value} is ignored: {why}" for name, value, why in ignored]

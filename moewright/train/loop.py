@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import time
 import warnings
 from collections.abc import Mapping
@@ -11,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
@@ -21,18 +19,16 @@ from moewright.backbone.device import device_of
 from moewright.backbone.save import save_model
 from moewright.backbone.slots import Bring
 from moewright.checkpoint.read import ModelFolder
-from moewright.checkpoint.state import newest_state
 from moewright.data.pack import rows_at
-from moewright.errors import CheckpointError, MoewrightError, Preempted
+from moewright.errors import MoewrightError, Preempted
 from moewright.moe.step import RoutingStep
 from moewright.optim.adamw import make_optimizer, update
 from moewright.parallel.apply import ALONE, Parallel
-from moewright.parallel.experts import local_part
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.parts import on_first_rank
 from moewright.parallel.ranks import Ranks, joined
 from moewright.report.progress import Progress
-from moewright.train import resume
+from moewright.train import generators, resume
 from moewright.train.config import RunConfig, TrainConfig
 from moewright.train.folder import (
     CHECKPOINTS,
@@ -55,6 +51,7 @@ from moewright.train.metrics import (
 from moewright.train.objective import BatchT, Objective, Rows
 from moewright.train.result import TrainResult, recorded_result
 from moewright.train.resume import Position, StopRequest, stop_on_signals
+from moewright.train.saving import Saver, diverged
 from moewright.train.start import Start, divide, start, text_digests, upcycle_digests
 
 
@@ -90,7 +87,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
                 require_tensorboard()
             if ranks.is_first:
                 stack.enter_context(cache_in(folder))
-        _seed_everything(config.train.seed)
+        generators.seed(config.train.seed)
         with ranks.agreeing():
             started = start(
                 config,
@@ -105,7 +102,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
             with stop_on_signals(echoes=ranks.size > 1) as stop, progress:
                 run.to_the_end(stop)
         except MoewrightError as error:
-            error.told = not ranks.is_first  # all ranks have come to the same end
+            if error.told is None:
+                error.told = not ranks.is_first  # all ranks have come to the same end
             raise
         return recorded_result(folder)
 
@@ -210,7 +208,16 @@ class _Run:
         )
         self.routing = routing_step(self.model, self.ranks.group, copies=self.ranks.tp)
         self.identity = self._identity()
-        self.saved: int | None = None  # the step of the newest checkpoint
+        self.saver = Saver(
+            self.folder / CHECKPOINTS,
+            model=self.model,
+            optimizer=self.optimizer,
+            identity=self.identity,
+            parallel=started.parallel,
+            seed=self.settings.seed,
+            keep=self.settings.keep_checkpoints,
+            background=self.settings.async_checkpoints,
+        )
         self.position = self._newest_position()
 
     def _identity(self) -> dict[str, Any]:
@@ -225,18 +232,20 @@ class _Run:
     def to_the_end(self, stop: StopRequest) -> None:
         """The steps that are left, then the model's folder."""
         position, steps, every = self.position, self.settings.steps, self.settings.checkpoint_every
-        with Records(
+        records = Records(
             self.folder,
-            after=-1 if self.saved is None else self.saved,  # the last step whose lines stay
+            after=-1 if self.saver.saved is None else self.saver.saved,  # the last step whose lines stay
             tensorboard=self.settings.tensorboard,
             progress=self.progress,
             kept=self.ranks.is_first,
-        ) as records:
+        )
+        with records, self.saver as saver:
             self.progress.begin(step=position.step, steps=steps)
             while True:
                 self._evaluate_if_due(records, stop)
+                saver.look()
                 if signal := stop.agreed(self.ranks):
-                    self._save()
+                    saver.save(position, now=True)
                     raise Preempted(
                         f"{signal.name}: stopped and saved after step {position.step} of {steps}; "
                         "the same command goes on from there"
@@ -245,11 +254,12 @@ class _Run:
                     break
                 records.stepped(self._step())
                 if every and (position.step % every == 0 or position.step == steps):
-                    self._save()
-        self._write_final()
+                    saver.save(position)
+            saver.finish()
+            self._write_final()
 
     def _write_final(self) -> None:
-        self._require_finite_model()
+        self.saver.require_finite(self.position.step)
         training = {"steps": self.settings.steps, "tokens": self.position.tokens, "identity": self.identity}
         record = self.started.record | {"training": training}
 
@@ -260,7 +270,7 @@ class _Run:
         try:
             on_first_rank(self.model.parameters(), write, ranks=self.ranks)
         except (MoewrightError, OSError):
-            self._save()  # the steps are not to be made again
+            self.saver.save(self.position, now=True)  # the steps are not to be made again
             raise
 
     def _step(self) -> dict[str, Any]:
@@ -313,49 +323,14 @@ class _Run:
         _require_finite({"held-out loss": loss}, step)
         records.evaluated({"step": step, "loss": loss, "tokens": tokens, "seconds": time.perf_counter() - began})
 
-    def _save(self) -> None:
-        if self.saved == self.position.step:
-            return
-        self._require_finite_model()
-        resume.save(
-            self.folder / CHECKPOINTS,
-            model=self.model,
-            optimizer=self.optimizer,
-            position=self.position,
-            identity=self.identity,
-            keep=self.settings.keep_checkpoints,
-            ranks=self.ranks,
-        )
-        self.saved = self.position.step
-
-    def _require_finite_model(self) -> None:
-        """A step with a finite gradient can still overflow a parameter; such a model is not saved."""
-        named = list(self.model.named_parameters())
-        finite = (bool(local_part(parameter).isfinite().all()) for _, parameter in named)
-        first = next((number for number, is_finite in enumerate(finite) if not is_finite), len(named))
-        if (worst := min(row[0] for row in self.ranks.gathered([first]))) < len(named):
-            raise _diverged(self.position.step, f"{named[worst][0]} is no longer finite")
-
     def _newest_position(self) -> Position:
-        ranks, newest = self.ranks, ""
-        with ranks.agreeing():
-            if ranks.is_first:  # one rank verifies the files, and all go by what it says
-                path, reasons = newest_state(self.folder / CHECKPOINTS)
-                for reason in reasons:
-                    self.progress.note(f"checkpoint not used: {reason}")
-                if path is None:
+        path = self.saver.newest(self.progress.note)
+        if path is None:
+            with self.ranks.agreeing():
+                if self.ranks.is_first:
                     self._require_same_history()
-                else:
-                    newest = path.name
-        newest = ranks.text_from_first(newest)
-        if not newest:
             return Position()
-        path = self.folder / CHECKPOINTS / newest
-        with ranks.agreeing():
-            position = resume.restore(
-                path, model=self.model, optimizer=self.optimizer, identity=self.identity, note=self.progress.note
-            )
-        self.saved = position.step
+        position = self.saver.resume(path, self.progress.note)
         self.progress.note(f"resuming after step {position.step} of {self.settings.steps}, from {path}")
         return position
 
@@ -380,20 +355,7 @@ def _require_same_completed(config: RunConfig, folder: Path) -> None:
     resume.require_same_run(identity | sources, resume.identity(config, content=content), where=folder / FINAL)
 
 
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _require_finite(values: Mapping[str, float], step: int) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            raise _diverged(step, f"{name} is {value}")
-
-
-def _diverged(step: int, problem: str) -> CheckpointError:
-    return CheckpointError(
-        f"step {step}: {problem}; the run stops, and nothing was saved since. Begin a new one with a lower "
-        "train.learning_rate, more train.warmup_steps, or train.dtype = float32"
-    )
+            raise diverged(step, f"{name} is {value}")

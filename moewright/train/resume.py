@@ -1,28 +1,24 @@
-"""A run's state: saved whole, restored to the last bit, and refused where it belongs to another run."""
+"""A run's state: restored to the last bit, and refused where it belongs to another run; and requests to stop."""
 
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moewright.backbone.slots import Bring
-from moewright.checkpoint.state import SavedState, open_state, save_state
-from moewright.checkpoint.tensorfile import LazyTensor
+from moewright.checkpoint.state import SavedState, open_state
 from moewright.errors import CheckpointError
-from moewright.optim.adamw import MOMENTS, moments, set_moments
+from moewright.optim.adamw import set_moments
 from moewright.parallel.experts import local_part
-from moewright.parallel.parts import boxes_of, on_first_rank, with_part
+from moewright.parallel.parts import boxes_of, with_part
 from moewright.parallel.ranks import Ranks
+from moewright.train import generators
 from moewright.train.config import RunConfig
 from moewright.train.tree import defaults, flatten
 
@@ -33,6 +29,7 @@ FREE: Final = frozenset(
         "train.eval_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.async_checkpoints",
         "train.tensorboard",
         "data.eval_rows",
         *("parallel", "parallel.layout", "parallel.ep", "parallel.etp", "parallel.tp"),
@@ -79,47 +76,6 @@ def require_same_run(recorded: Mapping[str, Any], expected: Mapping[str, Any], *
         )
 
 
-def save(
-    root: Path,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    position: Position,
-    identity: Mapping[str, Any],
-    keep: int,
-    ranks: Ranks,
-) -> None:
-    """Save everything the next step depends on below `root`: the first rank does, and the others send their parts.
-
-    The state is the one that a process alone saves. Raises ResourceError when the disk is full.
-    """
-    tensors = {f"model.{name}": tensor for name, tensor in model_tensors(model).items()}
-    tensors |= {f"optimizer.{name}": tensor for name, tensor in moments(model, optimizer).items()}
-    tensors["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
-    facts = {
-        "step": position.step,
-        "tokens": position.tokens,
-        "identity": dict(identity),
-        "threads": torch.get_num_threads(),
-        "random": {"python": random.getstate(), "numpy": _plain(np.random.get_state(legacy=False))},
-    }
-
-    def write(bring: Bring) -> None:
-        lazy = {
-            name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(_brought, bring, tensor))
-            for name, tensor in tensors.items()
-        }
-        save_state(root, step=position.step, tensors=lazy, facts=facts, keep=keep)
-
-    on_first_rank(tensors.values(), write, ranks=ranks)
-
-
-def _brought(bring: Bring, tensor: Tensor) -> Tensor:
-    return bring(tensor, ()).detach()
-
-
 def restore(
     path: Path,
     *,
@@ -127,10 +83,14 @@ def restore(
     optimizer: torch.optim.AdamW,
     identity: Mapping[str, Any],
     note: Callable[[str], None],
+    ranks: Ranks,
+    layout: str,
+    seed: int,
 ) -> Position:
     """Load the checkpoint at `path` into `model`, `optimizer` and the random number generators.
 
-    Of a tensor that is divided among ranks, this rank's part alone is read, however many ranks saved it.
+    Of a tensor that is divided among ranks, this rank's part alone is read, however many ranks saved it. The generators
+    go on if as many ranks saved theirs; else they begin anew from `seed`, rank and step.
     `note` is called with a reason why the run may go on with other rounding than it would have had.
 
     Raises CheckpointError: it belongs to a run with other settings, model or data.
@@ -141,15 +101,32 @@ def restore(
     now = torch.get_num_threads()
     if (then := facts.get("threads", now)) != now:
         note(f"torch has {now} threads and had {then} when {path} was saved: sums will be rounded otherwise")
+    if (before := facts.get("layout", layout)) != layout:
+        note(f"saved by {before}; goes on with {layout}")
     _fill(model, state)
     set_moments(model, optimizer, _moments(model, state))
-    torch.set_rng_state(state.read("random.torch"))
-    if "random.cuda" in state.tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state.read("random.cuda"))
-    version, internal, gauss = facts["random"]["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(facts["random"]["numpy"])
+    found = _generators(state, ranks)
+    if found is None:
+        generators.seed(ranks.seed(seed, step=facts["step"]))
+    else:
+        generators.restore(found)
     return Position(step=facts["step"], tokens=facts["tokens"])
+
+
+def _generators(state: SavedState, ranks: Ranks) -> dict[str, Tensor] | None:
+    """This rank's generators; None if other ranks saved theirs."""
+    if "random" in state.facts:  # a state of schema 1: those of a process alone, or of the first rank
+        if ranks.size > 1:
+            return None
+        numpy = state.facts["random"]["numpy"]
+        _, words, gauss = state.facts["random"]["python"]
+        whole = {name: state.read(f"random.{name}") for name in ("torch", "cuda") if f"random.{name}" in state.tensors}
+        return whole | generators.packed(words, gauss, numpy)
+    saved = {name.removeprefix("random."): name for name in state.tensors if name.startswith("random.")}
+    if any(state.tensors[name].shape[0] != ranks.size for name in saved.values()):
+        return None
+    mine = slice(ranks.rank, ranks.rank + 1)
+    return {name: state.read(saved[name], (mine,))[0] for name in saved}
 
 
 @torch.no_grad()
@@ -173,18 +150,22 @@ def _fill(model: nn.Module, state: SavedState) -> None:
 
 
 def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
-    """The optimiser's tensors of a state, each divided as its parameter is; numbers stay whole."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key in (f"{moment}.{name}" for moment in MOMENTS if f"optimizer.{moment}.{name}" in state.tensors):
-            saved = f"optimizer.{key}"
-            if state.tensors[saved].shape != parameter.shape:
-                tensors[key] = state.read(saved)
-            else:
-                part = torch.empty_like(local_part(parameter))
-                for box in boxes_of(parameter):
-                    part[box.local].copy_(state.read(saved, box.whole))
-                tensors[key] = with_part(parameter, part)
+    """The optimiser's tensors of a state, each divided as its parameter is; those of another shape stay whole."""
+    parameters, tensors = dict(model.named_parameters()), {}
+    for saved in (name for name in state.tensors if name.startswith("optimizer.")):
+        key = saved.removeprefix("optimizer.")
+        parameter = parameters[key.partition(".")[2]]
+        if state.tensors[saved].shape != parameter.shape:
+            tensors[key] = state.read(saved)
+            continue
+        boxes = boxes_of(parameter)
+        if len(boxes) == 1:
+            part = state.read(saved, boxes[0].whole)
+        else:
+            part = torch.empty(local_part(parameter).shape, dtype=state.tensors[saved].dtype)
+            for box in boxes:
+                part[box.local] = state.read(saved, box.whole)
+        tensors[key] = with_part(parameter, part.to(parameter.device))
     return tensors
 
 
@@ -195,13 +176,6 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
     return {name: state[name] for name in first.values()}
-
-
-def _plain(value: Any) -> Any:
-    """NumPy's generator state with lists in place of arrays."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 class StopRequest:

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("native_elementwise.h"))
 """All that is compiled."""
 # Not -ffast-math, which would change how the whole process rounds: the two are what vector loops need of it.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
 
 _log = logging.getLogger("moewright")
 
@@ -46,7 +46,7 @@ def compiled() -> Path:
         result = Path(scratch) / target.name
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
-        command = [*compiler, *FLAGS, abi, f"-I{root / 'include'}", str(SOURCE), "-o", str(result), *libraries]
+        command = [*compiler, *_flags(), abi, f"-I{root / 'include'}", str(SOURCE), "-o", str(result), *libraries]
         subprocess.run(command, check=True, capture_output=True, text=True)
         result.replace(target)
     return target
@@ -57,6 +57,11 @@ def cache_folder() -> Path:
     if given := os.environ.get("MOEWRIGHT_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moewright"
+
+
+def _flags() -> tuple[str, ...]:
+    """For this processor, or for `MOEWRIGHT_MARCH`, such as x86-64-v3 to try what a lesser one would do."""
+    return (*FLAGS, f"-march={os.environ.get('MOEWRIGHT_MARCH') or 'native'}")
 
 
 def _compiler() -> list[str]:
@@ -74,5 +79,5 @@ def _identity(compiler: list[str]) -> str:
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, text=True).stdout
     processor = sorted(torch.cpu.get_capabilities().items())
     sources = [source.read_text(encoding="utf-8") for source in SOURCES]
-    facts = (sources, FLAGS, torch.__version__, compiler, version, processor)
+    facts = (sources, _flags(), torch.__version__, compiler, version, processor)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -74,6 +74,7 @@ def grouped(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts:
     if x_TD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"kernel 'grouped' has no product of {x_TD.dtype}: use kernel 'loop'")
     activation, ends_E = activation_named(experts.activation, gated=experts.gated), permutation.ends_E
+    experts = experts.to(x_TD.dtype)
     # Both ways across the border of the experts' rows, what lies behind them is cut: torch's product leaves there
     # whatever the memory held.
     x_ND = _without_rest(dispatch(x_TD, permutation), permutation)

@@ -14,7 +14,7 @@ from moewright.moe.experts import ExpertWeights
 
 def loop(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
     """Any floating dtype, any device; reads `ends_E` on the host. See `moewright.moe.experts.Kernel`."""
-    activation = activation_named(experts.activation, gated=experts.gated)
+    activation, experts = activation_named(experts.activation, gated=experts.gated), experts.to(x_TD.dtype)
     weight_N = weights_TK.flatten()[permutation.order_N]
     output_TD = torch.zeros_like(x_TD, dtype=weights_TK.dtype)
     start = 0

@@ -25,6 +25,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "native_elementwise.h"
 
 namespace {
@@ -151,6 +155,30 @@ void add_choices(const Plan& plan, const Tensor& order_N, const Tensor& rows_RD,
   });
 }
 
+// out = sum, of bfloat16, as float: past the cache, which a gradient of all experts does not fit into anyway, so that the
+// memory is not read before it is written.
+void widen_into(const Tensor& out, const Tensor& sum) {
+#ifdef __SSE2__
+  constexpr size_t LARGE = 1 << 24;
+  const bool widens = out.scalar_type() == at::kFloat && sum.scalar_type() == at::kBFloat16;
+  const bool whole = out.is_contiguous() && sum.is_contiguous() && out.numel() % 8 == 0;
+  float* to = widens ? out.mutable_data_ptr<float>() : nullptr;
+  if (widens && whole && reinterpret_cast<uintptr_t>(to) % 16 == 0 && out.storage().nbytes() >= LARGE) {
+    const at::BFloat16* from = sum.const_data_ptr<at::BFloat16>();
+    at::parallel_for(0, out.numel() / 8, 8192, [&](int64_t first, int64_t last) {
+      for (int64_t i = first * 8; i < last * 8; i += 8) {
+        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)), zero = _mm_setzero_si128();
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_unpacklo_epi16(zero, eight));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i + 4), _mm_unpackhi_epi16(zero, eight));
+      }
+      _mm_sfence();  // before another thread reads it
+    });
+    return;
+  }
+#endif
+  out.copy_(sum);
+}
+
 // out = a @ b, or out += a @ b; where `out` is of another dtype the sum is kept in a buffer from block to block.
 void product_into(Tensor out, const Tensor& a, const Tensor& b, bool more, size_t number) {
   Tensor sum = out.scalar_type() == a.scalar_type() ? out : scratch(number, out.size(0), out.size(1), a.scalar_type());
@@ -159,7 +187,7 @@ void product_into(Tensor out, const Tensor& a, const Tensor& b, bool more, size_
   } else {
     at::mm_out(sum, a, b);
   }
-  if (!sum.is_same(out)) out.copy_(sum);
+  if (!sum.is_same(out)) widen_into(out, sum);
 }
 
 // out = the sum of a block's rows, or the sum of `weight` times them; kept in a buffer from block to block.

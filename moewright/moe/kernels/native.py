@@ -34,9 +34,7 @@ def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     if x_TD.device.type not in ("cpu", "meta"):
         raise UsageError(f"kernel 'native' runs on CPU, the tokens are on {x_TD.device}: use 'grouped' or 'triton'")
     activation_named(experts.activation, gated=experts.gated)
-    for parameter in (experts.first_EHD, experts.down_EDF):
-        if parameter.dtype != x_TD.dtype:
-            raise UsageError(f"tokens of {x_TD.dtype} and experts of {parameter.dtype}: cast one, or use autocast")
+    experts = experts.biases_to(x_TD.dtype)  # matrices are cast in the cache, expert by expert, and their gradients too
     tensors = [x_TD, weights_TK, *(t for t in experts[:4] if isinstance(t, Tensor))]
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     weight_N = weights_TK.flatten().gather(0, permutation.order_N)
@@ -53,6 +51,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 @lru_cache
 def _has_products_of(dtype: torch.dtype) -> bool:
     names = ("avx512_bf16", "amx_bf16", "bf16") if dtype == torch.bfloat16 else ("avx512_fp16", "amx_fp16", "fp16")
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # torch may be told to use no more: ATEN_CPU_CAPABILITY=avx2
+        return False
     return any(torch.cpu.get_capabilities().get(name, False) for name in names)
 
 
@@ -150,7 +150,8 @@ def _backward(
 
 @_backward.register_fake
 def _(d_y: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
-    gradients = (x.new_empty(p.shape if wanted else 0) for p, wanted in zip(rest[3:7], rest[-1], strict=True))
+    both = zip(rest[3:7], rest[-1], strict=True)
+    gradients = (p.new_empty(p.shape) if wanted else x.new_empty(0) for p, wanted in both)
     return x.new_empty(x.shape), torch.empty_like(weight), *gradients
 
 

@@ -53,6 +53,7 @@ def triton(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: 
     if x_TD.dtype not in _DTYPES:
         raise UsageError(f"kernel 'triton' has no product of {x_TD.dtype}: use kernel 'loop'")
     activation_named(experts.activation, gated=experts.gated)
+    experts = experts.to(x_TD.dtype)
     tensors = (x_TD, weights_TK, *experts[:4])
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     token_N, position_TK, order_N, ends_E, partial = permutation
