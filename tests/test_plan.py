@@ -59,14 +59,15 @@ def work(*, rows: int, length: int, dtype: str = "bfloat16", **changes: Any) -> 
     )
 
 
+about = partial(pytest.approx, rel=1e-3)  # buffers and counters of steps are no parameters
 MIXED = {"param_dtype": torch.bfloat16, "state_bytes": 12.0}  # 2 + 2 + 12 bytes a parameter
 
 
 @pytest.fixture(scope="module")
 def small() -> PreTrainedModel:
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8}
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 16, "num_attention_heads": 8}
     moe = {"expert_size": 192, "num_experts": 8, "top_k": 2}
-    model: PreTrainedModel = llama(range(1, 8, 2), moe, dtype=torch.float32, vocab_size=512, **sizes)
+    model: PreTrainedModel = llama(range(1, 16, 2), moe, dtype=torch.float32, vocab_size=512, **sizes)
     return model
 
 
@@ -127,9 +128,9 @@ def test_experts_are_not_divided_by_tp_nor_activations_by_ep(small: PreTrainedMo
         )
     )
     sizes = sizes_of(small)
-    assert one.peak["weights"] == 4 * sizes.total
+    assert one.peak["weights"] == about(4 * sizes.total)
     assert 4 * sizes.experts < tp.peak["weights"] < 4 * (sizes.experts + sizes.dense / 4)
-    assert ep.peak["weights"] == 4 * (sizes.dense + sizes.experts // 8)
+    assert ep.peak["weights"] == about(4 * (sizes.dense + sizes.experts // 8))
     # What travels is kept besides; nothing goes away.
     assert sum(ep.passing.values()) > sum(one.passing.values())
     skewed = simulate(small, Degrees(ranks=8, ep=8, dp_replicate=8), step, skew=2.0)
@@ -150,8 +151,8 @@ def test_formula_and_simulation_agree_where_both_are_exact(small: PreTrainedMode
     step, sizes = work(rows=16, length=64, dtype="float32"), sizes_of(small)
     simulated = simulate(small, degrees, step)
     said = formula(sizes, degrees, step, passing=passing_of(small, step)("none"), skew=1.0)
-    assert simulated.resident["weights"] == said.device["weights"]
-    assert simulated.resident["optimizer"] == pytest.approx(said.device["optimizer"], rel=1e-3)  # and step counters
+    assert simulated.resident["weights"] == about(said.device["weights"])
+    assert simulated.resident["optimizer"] == about(said.device["optimizer"])
     expected = sent(sizes, degrees, step)
     assert simulated.traffic["ep"] == expected["ep"]
     assert simulated.traffic["data"] == pytest.approx(expected["data"], rel=0.01)
@@ -170,7 +171,7 @@ def test_few_layers_say_what_all_would(small: PreTrainedModel, recompute: Any, m
 
 def test_a_step_computes_six_flops_for_each_active_parameter_and_token(small: PreTrainedModel) -> None:
     sizes, step = sizes_of(small), work(rows=4, length=64)
-    attention = 6 * 64 * 128 * 8  # half of S, two products, two FLOPs, three passes: 6 S for each unit and layer
+    attention = 6 * 64 * 128 * 16  # half of S, two products, two FLOPs, three passes: 6 S for each unit and layer
     assert flops(sizes, step) == 4 * 64 * (6 * sizes.multiplied + attention)
     assert flops(sizes, replace(step, recompute="block")) == pytest.approx(4 / 3 * flops(sizes, step))
 
@@ -186,7 +187,7 @@ def test_a_search_lists_layouts_that_fit_by_their_times(small: PreTrainedModel) 
     for found in (roomy, tight):
         assert [one.speed.total for one in found] == sorted(one.speed.total for one in found)
     assert all(one.memory.needed(Devices(number=8, memory=GB, process=0)) <= 30 * 10**6 for one in tight)
-    asked = search(sizes, step, Devices(number=8, memory=GB), passing=passing, skew=2.0, asked={"tp": 2, "zero": 3})
+    asked = search(sizes, step, Devices(number=8, memory=2 * GB), passing=passing, skew=2.0, asked={"tp": 2, "zero": 3})
     assert asked
     assert all((one.degrees.tp, one.degrees.zero) == (2, 3) for one in asked)
 
@@ -213,7 +214,7 @@ def test_exit_codes_and_the_keys_of_json(run_file: Path, capsys: pytest.CaptureF
     assert tuple(facts["memory"][0]) == ROW_KEYS
     assert facts["layouts"]
     assert facts["layout"]["name"] == "E"
-    assert call("--devices", "4", "--device-memory", "401MB", "--parallel.layout", "E+D+Z") == 5
+    assert call("--devices", "4", "--device-memory", "400100KB", "--parallel.layout", "E+D+Z") == 5
     assert "change" in capsys.readouterr().out
     for wrong, message in {
         ("--devices", "0", "--device-memory", "1GB"): "--devices 0: it must be at least 1",

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from moewright.backbone.blocks import moe_configs
 from moewright.family.table import family_of
 
-FEW: Final = (2, 3)
-"""Layers of each kind: what the last of so many adds, each further one adds too."""
+FEW: Final = (4, 6)
+"""Layers of each kind, a half of which has what is gathered, computed and reduced at once: what the last add, each
+further one adds too."""
 
 
 def kinds_of(model: PreTrainedModel) -> list[Hashable]:

@@ -71,7 +71,7 @@ class CausalLanguageModel:
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         # Without a mask all tokens are real, which saves the layers many small operations; asked here, on the CPU.
-        padded = not bool(batch.token_mask.all())
+        padded = batch.padded
         batch = batch.to(model.device)
         mask = {"token_mask": batch.token_mask} if padded and routing_contexts(model) else {}
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):

@@ -99,9 +99,15 @@ def workload_of(config: RunConfig) -> Workload:
     )
 
 
+class _Full(Batch):
+    """Rows without padding, of which the mask has no values that could be read."""
+
+    padded = False
+
+
 def loss_of(objective: CausalLanguageModel, length: int, model: PreTrainedModel, rows: int) -> Tensor:
     zeros = torch.zeros(rows, length, dtype=torch.int64)
-    batch = Batch(input_ids=zeros, position_ids=zeros, targets=zeros, token_mask=zeros == 0)
+    batch = _Full(input_ids=zeros, position_ids=zeros, targets=zeros, token_mask=zeros == 0)
     return objective.loss(model, batch)
 
 
