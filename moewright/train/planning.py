@@ -74,11 +74,11 @@ def plan_run(
 
     Raises UsageError and ModelError for settings that are no run, whatever it needs.
     """
-    if not 1 <= skew <= devices:
-        raise UsageError(f"skew={skew:g}: the busiest rank has 1 to {devices} times the mean load of {devices} devices")
     make = Devices.cpus if config.train.device == "cpu" else Devices
     sizes = {"number": devices, "memory": device_memory, "host_memory": host_memory, "per_host": devices_per_host}
     machines = make(**sizes)  # type: ignore[arg-type]
+    if not 1 <= skew <= devices:
+        raise UsageError(f"skew={skew:g}: the busiest rank has 1 to {devices} times the mean load of {devices} devices")
     model = skeleton_of(config)
     degrees = degrees_of(config, model, ranks=devices)
     return plan(model, degrees, workload_of(config), machines, skew=skew, searching=search)
