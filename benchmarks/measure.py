@@ -159,12 +159,13 @@ def peak_bytes(run: Callable[[], object], *, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     RESET.write_text("5")
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     run()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status_bytes("VmHWM") - before)
 
 
-def _status(name: str) -> int:
+def status_bytes(name: str) -> int:
+    """What the kernel says of this process's memory under that name, as `VmRSS`."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 

@@ -45,6 +45,7 @@ from benchmarks.cases import (
     reference,
     relative_errors,
 )
+from benchmarks.layer_memory import add_memory
 from benchmarks.layers import Layer
 from benchmarks.measure import (
     Pair,
@@ -56,7 +57,6 @@ from benchmarks.measure import (
     milliseconds,
     say,
 )
-from benchmarks.memory import add_memory
 from benchmarks.peers import PEERS, Unavailable, build
 from benchmarks.table import write_table
 from moewright.moe.kernels import default_kernel

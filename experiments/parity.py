@@ -29,16 +29,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from experiments.page import arguments, circumstances, renew, save
 from moewright.backbone.blocks import moe_layers, routing_step
 from moewright.backbone.graft import graft
+from moewright.data.pack import IGNORE, Batch
 from moewright.moe.config import MoEConfig
-from moewright.optim.adamw import make_optimizer, update
+from moewright.optim.adamw import gradients, make_optimizer, update
+from moewright.parallel import memory
 from moewright.parallel.apply import ALONE, Parallel, apply
-from moewright.parallel.config import Degrees
+from moewright.parallel.config import Degrees, ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import Meshes, make_meshes
+from moewright.parallel.offload import offload_of
 from moewright.parallel.parts import boxes_of, whole
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.recompute import recompute
+from moewright.train.objective import CausalLanguageModel
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "parity.json"
@@ -62,6 +66,10 @@ class Case:
     starved: bool = False
     """Whether two experts get no token anywhere, and one rank's experts none of the first layer."""
     tied: bool = False
+    memory: ParallelConfig = field(default_factory=ParallelConfig)
+    """What is recomputed, and what lies in files; one process has neither."""
+    chunk: int = 0
+    """Tokens whose logits are there at a time, on several ranks; 0: all."""
 
 
 CASES = {
@@ -75,6 +83,23 @@ CASES = {
     "recomputed blocks, tied embeddings": Case(checkpointing=True, tied=True, changes={"shared_size": 8}),
     "expert biases": Case(changes={"expert_bias": True}),
 }
+
+
+def on_disk(what: str, **others: Any) -> ParallelConfig:
+    """Offload to files; the folder is the test's or this script's."""
+    return ParallelConfig(offload=what, offload_to="disk", offload_folder=tempfile.gettempdir(), **others)
+
+
+MEMORY = {
+    "states in files, recomputed experts": Case(
+        memory=on_disk("optimizer", recompute="experts"), changes={"shared_size": 8, "balance_loss": 0.05}
+    ),
+    "experts in files, chunked loss": Case(memory=on_disk("experts"), chunk=5, micro_batches=(3, 2)),
+    "all in files, recomputed blocks, chunked loss, tied embeddings": Case(
+        memory=on_disk("all", recompute="block"), chunk=7, tied=True, changes={"expert_bias": True}
+    ),
+}
+"""Cases of what is kept where."""
 
 
 def layouts(ranks: int) -> list[Degrees]:
@@ -105,7 +130,7 @@ def describe(degrees: Degrees) -> str:
     return f"{degrees.layout}: {degrees.ranks} ranks, {tp}ep {degrees.ep}{etp}, zero {degrees.zero}{copies}"
 
 
-def sparse_model(case: Case, dtype: torch.dtype) -> PreTrainedModel:
+def sparse_model(case: Case, dtype: torch.dtype, recomputed: str = "none") -> PreTrainedModel:
     """The same weights in every process."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
@@ -125,8 +150,7 @@ def sparse_model(case: Case, dtype: torch.dtype) -> PreTrainedModel:
             first, second = (layer.router.linear_bias for layer in moe_layers(model).values())
             first[E // 2 :] = -1e4
             second[:2] = -1e4
-    if case.checkpointing:
-        recompute(model, "block")
+    recompute(model, "block" if case.checkpointing else recomputed)
     return model.to(dtype).train()
 
 
@@ -159,14 +183,19 @@ def dealt(case: Case, ranks: int, *, step: int) -> tuple[list[list[Part]], int]:
     return [[Part(ids=i, mask=m, share=int(m.sum()) / tokens) for i, m in mine] for mine in drawn], targets
 
 
-def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: Parallel) -> Tensor:
+def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: Parallel, chunk: int) -> Tensor:
     """Leave the gradient of these micro-batches, and return their part of the loss."""
     routing, total = routing_step(model, parallel.ranks.group, copies=parallel.ranks.tp), torch.zeros(())
     for number, part in enumerate(parts, start=1):
         routing.begin_micro_batch({"decoder": part.share})
-        logits = model(input_ids=part.ids, token_mask=part.mask, use_cache=False).logits
-        wanted = torch.where(part.mask, part.ids, -100)[:, 1:]
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted.flatten(), reduction="sum") / targets
+        wanted = functional.pad(torch.where(part.mask, part.ids, IGNORE)[:, 1:], (0, 1), value=IGNORE)
+        batch = Batch(
+            input_ids=part.ids,
+            position_ids=torch.arange(part.ids.shape[1]).expand_as(part.ids),
+            targets=wanted,
+            token_mask=part.mask,
+        )
+        loss = CausalLanguageModel(dtype="float32", chunk_tokens=chunk).loss(model, batch) / targets
         parallel.begin_backward(model, last=number == len(parts))
         loss.backward()
         routing.after_backward()
@@ -175,18 +204,31 @@ def backward(model: PreTrainedModel, parts: list[Part], targets: int, parallel: 
     return total
 
 
-def steps_of(model: PreTrainedModel, batches: list[tuple[list[Part], int]], parallel: Parallel) -> Iterator[Any]:
-    """Of each step the gradients, whole, and those after clipping, with loss and norm before it."""
-    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95))
+def steps_of(
+    model: PreTrainedModel, batches: list[tuple[list[Part], int]], parallel: Parallel, chunk: int = 0
+) -> Iterator[Any]:
+    """Of each step the gradients, whole, those after clipping, and the parameters after the update.
+
+    With them loss and norm before it.
+    """
+    places_of = parallel.offload.places_of(model)
+    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.9, 0.95), places_of=places_of)
+    of = optimizer.gradients.of
     for group in optimizer.param_groups:
         group["eps"] = EPS
     for parts, targets in batches:
-        loss = backward(model, parts, targets, parallel)
-        gradients = {name: copy_of(p.grad) for name, p in model.named_parameters()}
-        numbers = clip_gradients(model.parameters(), max_norm=CLIP, loss=loss, ranks=parallel.ranks)
-        clipped = {name: copy_of(p.grad) for name, p in model.named_parameters()}
+        loss = backward(model, parts, targets, parallel, chunk)
+        found = {name: copy_of(of(p)) for name, p in model.named_parameters()}
+        numbers = clip_gradients(
+            model.parameters(),
+            max_norm=CLIP,
+            loss=loss,
+            ranks=parallel.ranks,
+            gradients=gradients(model.parameters(), optimizer),
+        )
+        clipped = {name: copy_of(of(p)) for name, p in model.named_parameters()}
         update(optimizer, learning_rate=1e-3)
-        yield gradients, clipped, numbers
+        yield found, clipped, {name: copy_of(p.detach()) for name, p in model.named_parameters()}, numbers
 
 
 def copy_of(gradient: Tensor | None) -> Tensor:
@@ -207,9 +249,10 @@ def class_of(name: str) -> str:
 @cache
 def on_one_process(name: str, ranks: int, dtype: torch.dtype) -> list[Any]:
     """The steps of a case, whose micro-batches so many ranks would share."""
-    batches = [dealt(CASES[name], ranks, step=step) for step in range(STEPS)]
+    case = (CASES | MEMORY)[name]
+    batches = [dealt(case, ranks, step=step) for step in range(STEPS)]
     alone = [([part for mine in zip(*parts, strict=True) for part in mine], targets) for parts, targets in batches]
-    return list(steps_of(sparse_model(CASES[name], dtype), alone, ALONE))
+    return list(steps_of(sparse_model(case, dtype), alone, ALONE))
 
 
 @cache
@@ -219,21 +262,26 @@ def meshes(degrees: Degrees) -> Meshes:
 
 def errors(name: str, degrees: Degrees, *, dtype: torch.dtype) -> dict[str, float]:
     """Largest relative error of a case by class of parameters over its steps, of the norm and of the loss."""
-    case, ranks = CASES[name], Ranks(rank=dist.get_rank(), size=degrees.ranks, tp=degrees.tp)
+    case = (CASES | MEMORY)[name]
+    ranks = Ranks(rank=dist.get_rank(), size=degrees.ranks, tp=degrees.tp)
     right = on_one_process(name, ranks.data_size, dtype)
-    model = sparse_model(case, dtype)
-    apply(model, meshes(degrees))
-    parallel = Parallel(ranks=ranks, degrees=degrees)
+    model = sparse_model(case, dtype, case.memory.recompute)
+    memory.SMALLEST = 1  # here even the smallest tensor has its file
+    offload = offload_of(case.memory, torch.device("cpu"))
+    apply(model, meshes(degrees), offload=offload)
+    offload.put(model)
+    offload.bring_ahead(model)
+    parallel = Parallel(ranks=ranks, degrees=degrees, offload=offload)
     batches = [dealt(case, ranks.data_size, step=step) for step in range(STEPS)]
-    here = steps_of(model, [(parts[ranks.data_rank], targets) for parts, targets in batches], parallel)
+    here = steps_of(model, [(parts[ranks.data_rank], targets) for parts, targets in batches], parallel, case.chunk)
 
     found = dict.fromkeys((*CLASSES, "norm", "loss"), 0.0)
-    for (gradients, clipped, numbers), (gradients_1, clipped_1, numbers_1) in zip(here, right, strict=True):
-        assert gradients.keys() == gradients_1.keys()
+    for (*ours, numbers), (*ones, numbers_1) in zip(here, right, strict=True):
         assert numbers_1[1] > CLIP, "the gradient is clipped"
-        for ours, ones in ((gradients, gradients_1), (clipped, clipped_1)):
-            for parameter, one in ones.items():
-                error = float((ours[parameter] - one).abs().max() / one.abs().max().clamp(min=1e-30))
+        for mine, its in zip(ours, ones, strict=True):  # gradients, clipped ones, and updated parameters
+            assert mine.keys() == its.keys()
+            for parameter, one in its.items():
+                error = float((mine[parameter] - one).abs().max() / one.abs().max().clamp(min=1e-30))
                 kind = class_of(parameter)
                 found[kind] = max(found[kind], error if error == error else float("inf"))
         for kind, ours_, one_ in zip(("loss", "norm"), numbers, numbers_1, strict=True):
@@ -250,27 +298,32 @@ def on_rank(rank: int, store: str, ranks: int, work: Callable[[], Any], out: str
     dist.destroy_process_group()
 
 
-def rows_on(ranks: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+def rows_on(ranks: int, dtype: torch.dtype, cases: Mapping[str, Case]) -> list[dict[str, Any]]:
     return [
         {
             "layout": describe(degrees),
             "dtype": str(dtype).removeprefix("torch."),
-            "cases": {name: errors(name, degrees, dtype=dtype) for name in CASES},
+            "cases": {name: errors(name, degrees, dtype=dtype) for name in cases},
         }
         for degrees in layouts(ranks)
     ]
 
 
-def measure() -> dict[str, Any]:
+def measured(ranks: int, cases: Mapping[str, Case]) -> list[dict[str, Any]]:
+    """The rows of these cases on so many processes, in both dtypes."""
     rows = []
-    for ranks in (2, 4):
-        for dtype in (torch.float64, torch.float32):
-            with tempfile.TemporaryDirectory() as folder:
-                out = f"{folder}/out.json"
-                work = partial(rows_on, ranks, dtype)
-                torch.multiprocessing.spawn(on_rank, args=(f"{folder}/store", ranks, work, out), nprocs=ranks)
-                rows += json.loads(Path(out).read_text(encoding="utf-8"))
-    return {"made": circumstances(), "rows": rows}
+    for dtype in (torch.float64, torch.float32):
+        with tempfile.TemporaryDirectory() as folder:
+            out = f"{folder}/out.json"
+            work = partial(rows_on, ranks, dtype, cases)
+            torch.multiprocessing.spawn(on_rank, args=(f"{folder}/store", ranks, work, out), nprocs=ranks)
+            rows += json.loads(Path(out).read_text(encoding="utf-8"))
+    return rows
+
+
+def measure() -> dict[str, Any]:
+    rows = [row for ranks in (2, 4) for row in measured(ranks, CASES)]
+    return {"made": circumstances(), "rows": rows, "memory": measured(2, MEMORY)}
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
@@ -283,6 +336,14 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
                 worst = [max(case[name] for case in row["cases"].values()) for name in (*CLASSES, "norm", "loss")]
                 lines.append(f"| {row['layout']} | " + " | ".join(f"{value:.0e}" for value in worst) + " |")
         parts[f"parity {dtype}"] = "\n".join(lines)
+    if rows := result.get("memory", []):  # results of before these cases have none
+        lines = [f"| layout | dtype | {' | '.join(MEMORY)} |", "|---|---|" + " ---: |" * len(MEMORY)]
+        for row in rows:
+            worst = [max(row["cases"][name].values()) for name in MEMORY]
+            lines.append(
+                f"| {row['layout']} | {row['dtype']} | " + " | ".join(f"{value:.0e}" for value in worst) + " |"
+            )
+        parts["parity memory"] = "\n".join(lines)
     made, cases = result["made"], result["rows"][0]["cases"]
     parts["parity made"] = (
         f"The largest over {len(cases)} cases ({'; '.join(cases)}), two optimiser steps each, before and after "

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import dispatch, memory, moe_layer, train, train_table, upcycle
+from benchmarks import dispatch, layer_memory, memory, moe_layer, train, train_table, upcycle
 from benchmarks.cases import (
     CASES,
     DTYPES,
@@ -175,7 +175,7 @@ def test_kept_memory_counts_each_storage_once_and_no_parameter() -> None:
 
 
 def test_memory_of_a_pass_holds_its_gradients(tiny: None) -> None:
-    found = memory.measure("dense", "coarse", "fp32", "balanced", 256, "cpu")
+    found = layer_memory.measure("dense", "coarse", "fp32", "balanced", 256, "cpu")
     gradients = 3 * 512 * 2 * 1408 * 4 / 1e6
     assert gradients < found["peak_mb"]
     assert 0 < found["kept_mb"] < gradients
@@ -290,3 +290,16 @@ def test_readme_and_the_table_show_the_results() -> None:
 
 if __name__ == "__main__":
     README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def test_a_step_of_the_largest_model_says_what_it_took(tmp_path: Path) -> None:
+    rows = []
+    for offload in ("none", "all"):
+        row = memory.two_steps(memory.SMALL, 1, offload, str(tmp_path), torch.device("cpu"))
+        rows.append({"offload": offload, **row, "at_least": offload == "all", "peak_mb": 1})
+    assert rows[0]["parameters"] == rows[1]["parameters"] > 10**5
+    assert rows[0]["crossing_mb"] == 0 < rows[1]["crossing_mb"]
+    machine = {"kind": "cpu", "gpu": None, "processor": "one", "cores": 2, "load": 0.0}
+    settings = {"budget_mb": 16, "sizes": vars(memory.SMALL), "disk": "1 GB free"}
+    page = memory.table({"machine": machine, "settings": settings, "versions": {}, "date": "today", "rows": rows})
+    assert "| all | 1 | at least 0.1 | 1.0 |" in page

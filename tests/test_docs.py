@@ -134,7 +134,11 @@ def test_parallelism_page_shows_the_results():
             parity.describe(degrees) for ranks in (2, 4) for degrees in parity.layouts(ranks)
         }
         assert all(row["cases"].keys() == parity.CASES.keys() for row in rows)
-        assert max(error for row in rows for case in row["cases"].values() for error in case.values()) <= most
+        memory = [row for row in result.get("memory", []) if row["dtype"] == dtype]
+        assert {row["layout"] for row in memory} <= {parity.describe(degrees) for degrees in parity.layouts(2)}
+        assert all(row["cases"].keys() == parity.MEMORY.keys() for row in memory)
+        errors = [error for row in rows + memory for case in row["cases"].values() for error in case.values()]
+        assert max(errors) <= most
 
 
 def layer_blocks(language: str) -> list[str]:

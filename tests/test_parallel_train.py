@@ -292,3 +292,15 @@ def test_signals_under_torchrun(tmp_path: Path, whom: str) -> None:
     assert not any("tmp" in name for name in states)
     if whom == "rank":  # the launcher says how the rank ended that it saw first
         assert re.search(r"exitcode\s*: 75", shown), shown
+
+
+def test_degrees_are_refused_before_upcycling_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upcycle = replace(SPARSE, router_order="softmax-topk", calibration_text=str(tmp_path / "text.jsonl"))
+    config = make(tmp_path, ParallelConfig(ep=3), upcycle=upcycle)
+    measured: list[Any] = []
+    monkeypatch.setattr("moewright.train.start.measure", lambda plan: measured.append(plan))
+    ranks = Ranks(size=4)
+    prepare = partial(divide, config=config, ranks=ranks, note=lambda text: None)
+    with pytest.raises(UsageError, match=r"parallel\.ep = 3 with 4 ranks and 4 experts a layer: choose 2 or 4"):
+        start(config, cache_dir=tmp_path, prepare=prepare)
+    assert not measured

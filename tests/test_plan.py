@@ -99,7 +99,7 @@ def test_a_mixture_of_3_5_trillion_parameters_fits_512_devices_with_offload_only
 
     without = plan(model, degrees, step, devices)
     assert not without["fits"]
-    assert without["device"]["needed"] > 60 * GB
+    assert without["device"]["needed"] > 100 * GB
     assert "parallel.offload" in without["change"]
 
 

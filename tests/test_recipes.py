@@ -1,4 +1,4 @@
-"""The recipes: what can be run without a cluster."""
+"""The recipes and examples: what can be run without a cluster."""
 
 import os
 import shutil
@@ -97,3 +97,15 @@ def test_scripts_say_what_they_lack(script: str) -> None:
 @pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
 def test_scripts_are_clean(script: str) -> None:
     subprocess.run(["shellcheck", str(RECIPES / script)], check=True)
+
+
+def test_the_loop_of_ones_own_is_that_of_one_process_on_several() -> None:
+    script, env = str(ROOT / "examples" / "own_loop.py"), environment()
+    alone = [sys.executable, script, "--steps", "10"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
+    printed = [
+        subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+        for command in (alone, [*torchrun, "--layout", "E+Z", "--steps", "10"])
+    ]
+    assert printed[0].startswith("step 10  loss 2.5941")
+    assert printed[0] == printed[1]

@@ -87,6 +87,10 @@ class Family:
     seq2seq: bool = False
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
+    logits_divisor: str | None = None
+    """Config field of the number by which a decoder's logits are divided."""
+    logits_softcap: str | None = None
+    """Config field of the largest magnitude c of a decoder's logits x, which become c tanh(x / c); None there: any."""
     config_tells_ties: bool = True
     """Whether `tie_word_embeddings` is reliable; T5's class makes it true whatever the file has."""
     renames: Mapping[str, str] = field(default_factory=dict)

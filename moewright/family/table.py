@@ -119,11 +119,18 @@ FAMILIES: Final = {
         Family(model_type="qwen3", growth=LLAMA),
         Family(model_type="olmo2", stacks=(Stack(norm=None),), growth=OLMO2),
         *(
-            Family(model_type=name, stacks=_GEMMA, activation="hidden_activation", norm_offset=1.0, growth=GEMMA)
+            Family(
+                model_type=name,
+                stacks=_GEMMA,
+                activation="hidden_activation",
+                norm_offset=1.0,
+                logits_softcap="final_logit_softcapping",
+                growth=GEMMA,
+            )
             for name in ("gemma2", "gemma3_text")
         ),
         Family(model_type="phi3", form=Form(up="gate_up_proj", fused=True), growth=PHI3),
-        Family(model_type="granite", bias="mlp_bias", growth=LLAMA),
+        Family(model_type="granite", bias="mlp_bias", logits_divisor="logits_scaling", growth=LLAMA),
         Family(
             model_type="nemotron",
             form=Form(),

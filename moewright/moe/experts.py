@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moewright.errors import UsageError
 from moewright.moe.activations import activation_named
@@ -64,6 +65,8 @@ class Experts(nn.Module):
     held: Callable[[str, Tensor], Tensor]
     """What this process computes with for a parameter, by its name: all of it, until experts are divided among
     processes."""
+    recomputed: bool = False
+    """Whether the backward pass computes the products again; what is kept then is the rows that came in."""
 
     def __init__(
         self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -103,6 +106,13 @@ class Experts(nn.Module):
 
         Raises UsageError for tokens and weights of two dtypes without autocast.
         """
+        if self.recomputed and torch.is_grad_enabled():
+            inputs = (x_TD, weights_TK, permutation, kernel)
+            y_TD: Tensor = checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return y_TD
+        return self._compute(x_TD, weights_TK, permutation, kernel)
+
+    def _compute(self, x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, kernel: Kernel) -> Tensor:
         # Autocast knows nothing of custom operators: do for ours what it does for torch's products.
         weights, dtype = self.weights(), autocast_dtype(x_TD)
         if dtype is None and x_TD.dtype != weights.first_EHD.dtype:

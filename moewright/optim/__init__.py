@@ -1,1 +1,1 @@
-"""The optimiser, and the learning rate of each step."""
+"""The optimiser, where its tensors lie and in which precision, and the learning rate of each step."""

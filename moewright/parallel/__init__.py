@@ -1,1 +1,1 @@
-"""The model on several ranks: config, ranks, mesh, tensor, exchange, experts, shard, parts, gradients, apply."""
+"""The model on several ranks, and what of it lies where: mesh, tensor, experts, shard, offload, recompute, apply."""

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.distributed_c10d import GroupName
-from torch.distributed.tensor import Placement
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -52,3 +54,13 @@ def group_name(argument: Any) -> str | None:
 def group_size(name: str) -> int:
     """The number of ranks of a group."""
     return int(_resolve_process_group(GroupName(name)).size())
+
+
+def part_elsewhere(part: Tensor, like: DTensor) -> DTensor:
+    """A DTensor of the shape and placement of `like` whose part stays on its device, which may not be the mesh's.
+
+    `DTensor.from_local` would move it there. FSDP2 makes such tensors itself of parameters that it offloads.
+    """
+    meta = TensorMeta(like.shape, like.stride(), part.dtype)
+    spec = DTensorSpec(like.device_mesh, tuple(like.placements), tensor_meta=meta)
+    return DTensor(part, spec, requires_grad=False)

@@ -12,12 +12,16 @@ from moewright.family.table import family_of
 from moewright.parallel.config import Degrees
 from moewright.parallel.experts import divide_experts
 from moewright.parallel.mesh import Meshes
+from moewright.parallel.offload import Offload
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.shard import reduce_gradients_at_the_end, reshard, shard
 from moewright.parallel.tensor import slice_dense
 
+NOTHING: Final = Offload()
+"""Everything on the device."""
 
-def apply(model: PreTrainedModel, meshes: Meshes) -> None:
+
+def apply(model: PreTrainedModel, meshes: Meshes, *, offload: Offload = NOTHING) -> None:
     """Put `model` on the ranks of `meshes`; every rank calls it, and the model is changed in place.
 
     1. Dense parts: each rank of the axis `tp` keeps its slice.
@@ -25,10 +29,13 @@ def apply(model: PreTrainedModel, meshes: Meshes) -> None:
        an all-to-all. Ranks of one `tp` group have the same tokens, of which each sends its share.
     3. Sharding: the experts on the other axes of their mesh, the blocks and what is outside of them on the dense mesh.
 
-    Recomputation is turned on before, through transformers. The model may be a skeleton on meta, which `fill` with
+    Recomputation is turned on before, by `recompute`. The model may be a skeleton on meta, which `fill` with
     `parts.boxes_of` and `parts.with_part` then gives each rank's part; or a live one, on its device and the same on all
     ranks, of which each rank keeps its part. Afterwards parameters are DTensors, and gradients are sums over all ranks:
     the loss must be divided by the targets of all. Make the optimiser after this.
+
+    What `offload` has outside of the device comes there for each pass of a block. It is put outside by `fill` with
+    `offload.with_part(model)` in place of `parts.with_part`, or of a live model by `offload.put(model)`.
 
     Raises UsageError for a layer whose experts `ep` does not divide, or whose width `etp` does not, and for what
     `tensor.slice_dense` refuses.
@@ -43,7 +50,8 @@ def apply(model: PreTrainedModel, meshes: Meshes) -> None:
     for layer in layers.values():
         divide_experts(layer, meshes)
     places = family_of(model.config).places(model.config)
-    shard(model, [model.get_submodule(place.layer) for place in places], layers.values(), meshes)
+    blocks = [model.get_submodule(place.layer) for place in places]
+    shard(model, blocks, layers.values(), meshes, offload=offload)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +60,15 @@ class Parallel:
 
     ranks: Ranks = field(default_factory=Ranks)
     degrees: Degrees = field(default_factory=Degrees)
+    offload: Offload = NOTHING
 
     def begin_backward(self, model: nn.Module, *, last: bool) -> None:
         """Before a micro-batch's backward pass: gradients are reduced in the `last`, or from stage 2 on in each."""
-        if self.ranks.size > 1:
-            reduce_gradients_at_the_end(model, last=last or self.degrees.zero >= 2)
+        reduce_gradients_at_the_end(model, last=last or self.degrees.zero >= 2)
 
     def end_evaluation(self, model: nn.Module) -> None:
         """After forward passes that no backward pass follows."""
-        if self.ranks.size > 1:
-            reshard(model)
+        reshard(model)
 
 
 ALONE: Final = Parallel()

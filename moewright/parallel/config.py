@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from moewright.errors import UsageError
 
@@ -13,7 +13,7 @@ LAYOUTS: Final = {"E": 0, "E+D": 0, "E+Z": 2, "E+D+M": 0, "E+D+Z": 2, "E+Z-Off+M
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The `[parallel]` table, read where a run has several ranks; without it the layout is E+D."""
+    """The `[parallel]` table: how a run is divided among its ranks, E+D without it, and what it keeps where."""
 
     layout: str | None = None
     """E (experts over all ranks), E+D (over some, and copies of these), E+Z and E+D+Z (the same, with ZeRO), E+D+M (E+D
@@ -38,6 +38,19 @@ class ParallelConfig:
     zero: int | None = None
     """ZeRO stage: 0 shards nothing, 1 optimiser states, 2 gradients too, 3 parameters too; by default 2 with +Z."""
 
+    offload: Literal["none", "optimizer", "experts", "all"] | None = None
+    """What is kept outside of the device: optimiser states; or of the experts, or of all, weights and gradients too; by
+    default none, and with E+Z-Off+M optimizer."""
+
+    offload_to: Literal["cpu", "disk"] = "cpu"
+    """Where: in the host's memory, or in files in `offload_folder`."""
+
+    offload_folder: str = ""
+    """For disk: a folder, best on a fast disk of each machine's own; it needs room and holds nothing afterwards."""
+
+    recompute: Literal["none", "experts", "block"] = "none"
+    """What the backward pass computes again instead of keeping it: the experts' hidden states, or all of each block."""
+
     def __post_init__(self) -> None:
         if self.layout is not None and self.layout not in LAYOUTS:
             raise UsageError(f"layout={self.layout}: choose one of {', '.join(LAYOUTS)}")
@@ -46,6 +59,14 @@ class ParallelConfig:
                 raise UsageError(f"{name}={value}: it must be at least 1")
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"zero={self.zero}: choose one of 0, 1, 2, 3")
+        if self.offload_to == "disk" and not self.offload_folder:
+            raise UsageError("offload_to=disk without offload_folder: name a folder with room for it")
+        if self.offload_folder and self.offload_to != "disk":
+            raise UsageError(f"offload_folder={self.offload_folder} with offload_to=cpu: set offload_to=disk")
+        if self.offload_to == "disk" and self.offloaded == "none":
+            raise UsageError("offload_to=disk with offload=none: choose one of optimizer, experts, all")
+        if self.layout == "E+Z-Off+M" and self.offloaded == "none":
+            raise UsageError("offload=none with layout=E+Z-Off+M: choose one of optimizer, experts, all")
         if self.layout is not None and (other := self._contradicted(self.layout)):
             raise UsageError(f"{other}, or leave one of them out")
         for name in ("dp_replicate", "fsdp"):
@@ -74,6 +95,11 @@ class ParallelConfig:
     def stage(self) -> int:
         """The ZeRO stage."""
         return LAYOUTS[self.layout or "E+D"] if self.zero is None else self.zero
+
+    @property
+    def offloaded(self) -> Literal["none", "optimizer", "experts", "all"]:
+        """What is kept outside of the device."""
+        return self.offload or ("optimizer" if self.layout == "E+Z-Off+M" else "none")
 
     @property
     def slices(self) -> bool:

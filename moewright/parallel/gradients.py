@@ -13,25 +13,35 @@ from moewright.parallel.ranks import Ranks
 
 @torch.no_grad()
 def clip_gradients(
-    parameters: Iterable[nn.Parameter], *, max_norm: float, loss: Tensor, ranks: Ranks
+    parameters: Iterable[nn.Parameter],
+    *,
+    max_norm: float,
+    loss: Tensor,
+    ranks: Ranks,
+    gradients: Iterable[Tensor] | None = None,
 ) -> tuple[float, float]:
     """Scale the whole gradient down to `max_norm` (0: leave it) where it is larger; returns loss and norm.
 
     `loss` is the part of the step's that these rows have, 0-dim. Each element of the gradient counts once, however many
     ranks hold it, and so do the rows; one reduction over the ranks adds up squares and loss. A gradient that is not
     finite has such a norm on all.
+    `gradients` are those of the parameters where `grad` does not have them, on whatever device.
     """
-    parameters = list(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients is None:
+        gradients = (parameter.grad for parameter in parameters if parameter.grad is not None)
+    gradients = list(gradients)
     if ranks.size == 1:
-        whole = nn.utils.get_total_norm(gradients)
-        # As torch's own function, which multiplies with 1 otherwise: two passes over all gradients for nothing.
-        if max_norm and max_norm / (whole + 1e-6) < 1:
-            nn.utils.clip_grads_with_norm_(parameters, max_norm, whole)
+        mine = [local_part(gradient) for gradient in gradients]
+        whole = nn.utils.get_total_norm(mine)
+        factor = max_norm / (whole + 1e-6)  # as in torch's own function, to the last bit
+        if max_norm and factor < 1:
+            for gradient in mine:
+                gradient.mul_(factor.to(gradient.device))
         return float(loss), float(whole)
     squares = loss.new_zeros((), dtype=torch.float64)
     for gradient in gradients:
-        squares += torch.linalg.vector_norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
+        square = torch.linalg.vector_norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
+        squares += square.to(squares.device)
     total, square = ranks.totals(torch.stack([loss.double() / ranks.tp, squares])).tolist()
     norm = math.sqrt(square)
     if max_norm and norm > max_norm:

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from moewright.backbone.slots import Box, Bring, Index, here
+from moewright.parallel._torch import part_elsewhere
 from moewright.parallel.experts import local_part
 from moewright.parallel.ranks import Ranks
 
@@ -80,6 +81,8 @@ def with_part(like: Tensor, part: Tensor) -> Tensor:
     """The tensor of the shape and placement of `like` of which this rank holds `part`."""
     if not isinstance(like, DTensor):
         return part
+    if part.device.type not in (like.device_mesh.device_type, "meta"):
+        return part_elsewhere(part, like)
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

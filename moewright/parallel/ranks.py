@@ -154,10 +154,11 @@ def _another_failed(rank: int, code: int) -> MoewrightError:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def joined(device: torch.device, *, alone: bool = False) -> Iterator[Ranks]:
     """The ranks that torchrun has started, or that a process group of the caller's has; else a process alone.
 
-    gloo joins CPUs, NCCL GPUs. Raises UsageError if there are more ranks on this machine than GPUs.
+    gloo joins CPUs, NCCL GPUs. With `alone` such a process has a group, too: of itself.
+    Raises UsageError if there are more ranks on this machine than GPUs.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
@@ -170,10 +171,14 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         device = torch.device("cuda", local)
     if dist.is_initialized():
         yield _ranks(device)
-    elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(device=device)
-    else:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    elif (several := int(os.environ.get("WORLD_SIZE", "1")) > 1) or alone:
+        # Both for GPUs: parameters that are offloaded are in the host's memory when they are saved.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if several:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
         try:
             yield _ranks(device)
         except RuntimeError as error:
@@ -187,6 +192,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             raise lost from error
         finally:
             dist.destroy_process_group()
+    else:
+        yield Ranks(device=device)
 
 
 def _ranks(device: torch.device) -> Ranks:

@@ -9,36 +9,66 @@
 """
 
 from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moewright.moe.layer import MoELayer
 from moewright.parallel.config import Degrees
+from moewright.parallel.memory import DeviceMemory
 from moewright.parallel.mesh import Meshes
+from moewright.parallel.offload import Offload
 
 
-def shard(model: nn.Module, blocks: Iterable[nn.Module], layers: Iterable[MoELayer], meshes: Meshes) -> None:
+def shard(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    layers: Iterable[MoELayer],
+    meshes: Meshes,
+    *,
+    offload: Offload,
+) -> None:
     """Shard the experts of `layers` on the axes of their mesh other than `ep`, all else on the dense mesh.
 
     All gradients are reduced as sums: losses are divided by the targets of all ranks beforehand.
     """
     degrees = meshes.degrees
     # With zero 0 there is one shard, of which `fully_shard` makes a copy to compute with: it is freed at once.
+    # What lies outside of the device comes for each pass of a block, so that no more than a block or two is there.
     reshard = degrees.zero in (0, 3)
+    inside: dict[str, Any] = {"reshard_after_forward": reshard}
+    outside: dict[str, Any] = {"reshard_after_forward": True}
+    if meshes.dense.device_type != "cpu":
+        outside["offload_policy"] = CPUOffloadPolicy(pin_memory=isinstance(offload.memory, DeviceMemory))
+    experts_options = outside if offload.weights else inside
+    dense_options = outside if offload.what == "all" else inside
+    if any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in model.parameters()):
+        sums = {"mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        experts_options, dense_options = experts_options | sums, dense_options | sums
     experts_mesh = meshes.experts["replicate", "shard"] if degrees.expert_replicate > 1 else meshes.experts["shard"]
     dense_mesh = meshes.dense["replicate", "shard"] if degrees.dp_replicate > 1 else meshes.dense["shard"]
+    layers, blocks = list(layers), list(blocks)
     for layer in layers:
         fully_shard(
             layer.experts,
             mesh=experts_mesh,
-            reshard_after_forward=reshard,
+            **experts_options,
             shard_placement_fn=lambda parameter: _placement(parameter, degrees),
         )
     for block in blocks:
-        fully_shard(block, mesh=dense_mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=dense_mesh, reshard_after_forward=reshard)
+        fully_shard(block, mesh=dense_mesh, **dense_options)
+    fully_shard(model, mesh=dense_mesh, **dense_options)
+    if offload.weights:
+        chain = blocks if offload.what == "all" else [layer.experts for layer in layers]
+        for module, following in pairwise(chain):  # on a GPU copies to it begin a block ahead
+            assert isinstance(module, FSDPModule)
+            assert isinstance(following, FSDPModule)
+            module.set_modules_to_forward_prefetch([following])
+            following.set_modules_to_backward_prefetch([module])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -6,10 +6,11 @@ from math import ceil
 from typing import Any, Final, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moewright.errors import UsageError
+from moewright.optim.adamw import AdamW
 from moewright.plan.units import written
 
 Recompute = Literal["none", "experts", "block"]
@@ -99,7 +100,7 @@ class Workload:
     offload_to: Literal["cpu", "disk"] = "cpu"
     loss: Callable[[PreTrainedModel, int], Tensor]
     """The loss of a micro-batch of so many rows; called where tensors have no memory."""
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    optimizer: Callable[[PreTrainedModel], AdamW]
 
     @property
     def tokens(self) -> int:

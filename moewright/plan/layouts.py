@@ -15,7 +15,7 @@ from moewright.plan.sizes import Sizes
 
 Passing = Callable[[Recompute], Mapping[str, int]]
 """What a micro-batch holds on a rank of its own, by what is computed again."""
-RECOMPUTED: Final[tuple[Recompute, ...]] = ("none", "block")
+RECOMPUTED: Final[tuple[Recompute, ...]] = ("none", "experts", "block")
 OFFLOADS: Final[tuple[Offload, ...]] = ("none", "optimizer", "experts", "all")
 DEGREES: Final = ("tp", "ep", "etp", "dp_replicate", "zero")
 
@@ -89,7 +89,7 @@ def search(
     """
     found = []
     for degrees, offload, recompute in product(all_degrees(sizes, devices), offloads, RECOMPUTED):
-        if offload == "experts" and not sizes.sparse:
+        if "experts" in (offload, recompute) and not sizes.sparse:
             continue
         changed = replace(work, offload=offload, recompute=recompute)
         one = choice(sizes, degrees, changed, devices, passing=passing, skew=skew)

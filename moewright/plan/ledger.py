@@ -27,6 +27,7 @@ copies of tokens for experts, and what the all-to-alls send and receive; `commun
 OWNERS: Final = {
     "torch/distributed/fsdp/_fully_shard/_fsdp_param.py": "gathered",
     "torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py": "communication",
+    "moewright/optim/gradients.py": "gradients",
     "moewright/parallel/exchange.py": "dispatch",
     "moewright/moe/dispatch.py": "dispatch",
     "moewright/moe/exchange.py": "dispatch",

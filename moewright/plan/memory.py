@@ -138,6 +138,8 @@ def placed(device: Mapping[str, int], work: Workload, *, held: Held, unit: float
         master = 0 if w < wide else wide  # otherwise among the states already
         there |= {"optimizer": held.bytes(work.state_bytes + master), "gradients": held.bytes(wide)}
         here["optimizer"] = 0
+        # Without masters here there are no float32 gradients for them either: those of the parameters, at most.
+        here["gradients"] = max(min(here["gradients"], held.bytes(w)), here["gradients"] - held.bytes(wide - w))
     elif work.offload != "none":
         moved = replace(held, dense=0) if work.offload == "experts" else held
         share = moved.bytes(1) / max(1, held.bytes(1))

@@ -1,7 +1,7 @@
 """A step of the real model on simulated ranks: every tensor is made, with a shape and without memory, and counted.
 
-The model is put on the ranks by the `apply` of training, and forward pass, backward pass and optimiser are those of
-training; what is simulated is that collectives do nothing, and that ranks get as many rows as is said.
+The model is put on the ranks by the `apply` of training, and forward pass, backward pass and the optimiser's states are
+those of training; what is simulated is that collectives do nothing, and that ranks get as many rows as is said.
 """
 
 import copy
@@ -118,16 +118,12 @@ def _simulate(model: PreTrainedModel, degrees: Degrees, work: Workload, *, skew:
 
 
 def _step(model: PreTrainedModel, work: Workload, parallel: Parallel, ledger: Ledger) -> Simulated:
-    """A step after the first one, which makes the optimiser's states."""
+    """A step up to its update, which needs no more: optimiser states are there, and activations are gone."""
     with ledger.tagging("weights"):
         _give_memory(model)
     optimizer = work.optimizer(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ledger.tagging("optimizer"):
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.begin()
     resident = ledger.now.copy()
     for module in model.modules():
         if module._parameters:
@@ -154,9 +150,6 @@ def _step(model: PreTrainedModel, work: Workload, parallel: Parallel, ledger: Le
         del loss
         times = 1 if number == count else count - 1
         traffic += Counter({axis: times * sent for axis, sent in (ledger.sent - before).items()})
-    ledger.begin("update")
-    with ledger.tagging("optimizer"):
-        optimizer.step()
     del ledger.peaks["start"]
     return Simulated(
         peaks={phase: _components(peak) for phase, peak in ledger.peaks.items()},

@@ -1,1 +1,1 @@
-"""Training: config, run_file, objective, start, resume, metrics, result, loop."""
+"""Training: config, run_file, objective, start, generators, resume, saving, metrics, result, loop."""

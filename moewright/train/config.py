@@ -51,7 +51,19 @@ class TrainConfig:
     """Steps of the decay at the end; for the schedule wsd only."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of activations; parameters, gradients, moments and losses are float32 either way."""
+    """Precision of activations; logits and losses are float32 either way."""
+
+    param_dtype: Literal["bfloat16", "float32"] = "float32"
+    """Precision of the parameters; bfloat16 goes with `dtype` bfloat16 only."""
+
+    masters: Literal["float32", "stochastic"] = "float32"
+    """How bfloat16 parameters are moved: by way of float32 copies, or with rounding up or down by chance."""
+
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Precision of AdamW's two moments; int8 has a scale for each block of 256 values."""
+
+    loss_chunk_tokens: int = 1024
+    """Logits are computed for so many tokens at a time where a micro-batch has more; 0 computes them whole."""
 
     weight_decay: float = 0.1
     """AdamW's decoupled decay, on matrices only."""
@@ -66,7 +78,7 @@ class TrainConfig:
     """The norm that the whole gradient is scaled down to when it is larger; 0 leaves it as it is."""
 
     gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    """The older name of `parallel.recompute = "block"`."""
 
     seed: int = 0
     """Fixes the order of the data, the held-out documents, and every random number of the run."""
@@ -93,8 +105,18 @@ class TrainConfig:
         for name in ("steps", "micro_batch_size", "keep_checkpoints", "batch_size", "batch_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: it must be at least 1")
+        if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
+            raise UsageError(f"param_dtype=bfloat16 with dtype={self.dtype}: set dtype=bfloat16, or leave it out")
         amounts = ("weight_decay", "clip_norm", "router_learning_rate_ratio", "learning_rate")
-        for name in ("warmup_steps", "decay_steps", "eval_every", "checkpoint_every", "seed", *amounts):
+        for name in (
+            "warmup_steps",
+            "decay_steps",
+            "eval_every",
+            "checkpoint_every",
+            "loss_chunk_tokens",
+            "seed",
+            *amounts,
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name}={getattr(self, name)}: it must be a finite number, 0 or more")
         if self.learning_rate == 0:
@@ -156,7 +178,7 @@ class RunConfig:
     """The training."""
 
     parallel: ParallelConfig | None = None
-    """How the model is divided where the run has several ranks; by default E+D."""
+    """How the model is divided where the run has several ranks, by default E+D, and what is kept where."""
 
     def __post_init__(self) -> None:
         S, tokens = self.data.sequence_length, self.train.batch_tokens
@@ -170,8 +192,17 @@ class RunConfig:
         for name in ("model", "out"):
             if not getattr(self, name):
                 raise UsageError(f"{name}='': name a folder")
+        recompute = self.parallel.recompute if self.parallel else "none"
+        if self.train.gradient_checkpointing and recompute == "experts":
+            raise UsageError("train.gradient_checkpointing=True with parallel.recompute=experts: leave the former out")
         if overlap(self.out, self.model):
             raise UsageError(f"out={self.out} is, holds or lies in the model's folder {self.model}: name another one")
+
+    @property
+    def recompute(self) -> Literal["none", "experts", "block"]:
+        """What is computed again in the backward pass, under either name."""
+        asked = self.parallel.recompute if self.parallel else "none"
+        return "block" if self.train.gradient_checkpointing else asked
 
     @property
     def batch_rows(self) -> int:
@@ -193,6 +224,11 @@ def ignored_settings(config: RunConfig, *, sparse: bool) -> list[str]:
     if not sparse and train.router_learning_rate_ratio != TrainConfig.router_learning_rate_ratio:
         ratio = train.router_learning_rate_ratio
         ignored.append(("train.router_learning_rate_ratio", ratio, "the model has no mixture-of-experts layers"))
+    if train.param_dtype == "float32" and train.masters != TrainConfig.masters:
+        ignored.append(("train.masters", train.masters, "train.param_dtype is float32"))
+    if not sparse and config.parallel and "experts" in (config.parallel.recompute, config.parallel.offloaded):
+        name = "recompute" if config.parallel.recompute == "experts" else "offload"
+        ignored.append((f"parallel.{name}", "experts", "the model has no mixture-of-experts layers"))
     if train.schedule == "constant" and train.min_learning_rate_ratio != TrainConfig.min_learning_rate_ratio:
         ignored.append(("train.min_learning_rate_ratio", train.min_learning_rate_ratio, "train.schedule is constant"))
     if train.async_checkpoints and not train.checkpoint_every:

@@ -22,7 +22,7 @@ from moewright.checkpoint.read import ModelFolder
 from moewright.data.pack import rows_at
 from moewright.errors import MoewrightError, Preempted
 from moewright.moe.step import RoutingStep
-from moewright.optim.adamw import make_optimizer, update
+from moewright.optim.adamw import begin_backward, gradients, update
 from moewright.parallel.apply import ALONE, Parallel
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.parts import on_first_rank
@@ -52,7 +52,7 @@ from moewright.train.objective import BatchT, Objective, Rows
 from moewright.train.result import TrainResult, recorded_result
 from moewright.train.resume import Position, StopRequest, stop_on_signals
 from moewright.train.saving import Saver, diverged
-from moewright.train.start import Start, divide, start, text_digests, upcycle_digests
+from moewright.train.start import Start, divide, needs_group, optimizer_of, start, text_digests, upcycle_digests
 
 
 def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
@@ -72,7 +72,8 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
         Preempted: SIGTERM or SIGINT came; the state is saved, and the same call goes on from it.
     """
     folder = Path(config.out)
-    with joined(device_of(config.train.device)) as ranks, ExitStack() as stack:
+    device = device_of(config.train.device)
+    with joined(device, alone=needs_group(config, device)) as ranks, ExitStack() as stack:
         progress = Progress(console if ranks.is_first else None)
         with ranks.agreeing():
             if ranks.is_first:
@@ -130,16 +131,20 @@ def train_step(
     micro_batches = list(objective.micro_batches(batch, settings.micro_batch_size))
     targets, tokens, most = _step_totals(objective, batch, len(micro_batches), parallel.ranks)
     micro_batches += [objective.padding() for _ in range(most - len(micro_batches))]
-    loss = torch.zeros((), device=model.device)
+    loss = torch.zeros(())
     for number, micro_batch in enumerate(micro_batches, start=1):
         routing.begin_micro_batch({name: count / tokens[name] for name, count in objective.tokens(micro_batch).items()})
         micro_loss = objective.loss(model, micro_batch) / targets
         parallel.begin_backward(model, last=number == most)
+        begin_backward(optimizer, last=number == most)
         micro_loss.backward()
         routing.after_backward()
-        loss += micro_loss.detach()
+        loss = loss + micro_loss.detach()
 
-    total, norm = clip_gradients(model.parameters(), max_norm=settings.clip_norm, loss=loss, ranks=parallel.ranks)
+    whole, max_norm = gradients(model.parameters(), optimizer), settings.clip_norm
+    total, norm = clip_gradients(
+        model.parameters(), max_norm=max_norm, loss=loss, ranks=parallel.ranks, gradients=whole
+    )
     record = {"loss": total, "grad_norm": norm}
     _require_finite(record, step)
 
@@ -200,12 +205,7 @@ class _Run:
     def __init__(self, config: RunConfig, started: Start, progress: Progress) -> None:
         self.config, self.settings, self.folder, self.progress = config, config.train, Path(config.out), progress
         self.started, self.model, self.ranks = started, started.model, started.parallel.ranks
-        self.optimizer = make_optimizer(
-            self.model,
-            weight_decay=self.settings.weight_decay,
-            betas=(self.settings.beta1, self.settings.beta2),
-            router_ratio=self.settings.router_learning_rate_ratio,
-        )
+        self.optimizer = optimizer_of(started, self.settings)
         self.routing = routing_step(self.model, self.ranks.group, copies=self.ranks.tp)
         self.identity = self._identity()
         self.saver = Saver(
@@ -298,7 +298,7 @@ class _Run:
             **record,
             "seconds": seconds,
             "tokens_per_second": record["step_tokens"] / seconds,
-            "peak_memory_bytes": peak_memory(self.model.device),
+            "peak_memory_bytes": peak_memory(self.ranks.device),
         }
 
     def _evaluate_if_due(self, records: Records, stop: StopRequest) -> None:

@@ -7,15 +7,19 @@ Letters: B rows, S tokens of a row, V vocabulary.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import routing_contexts
+from moewright.backbone.head import before_head, logits_map
 from moewright.data.pack import IGNORE, Batch
+from moewright.train.chunked_loss import chunked_loss
 
 BatchT = TypeVar("BatchT")
 Produced = TypeVar("Produced", covariant=True)
@@ -55,6 +59,10 @@ class CausalLanguageModel:
 
     dtype: Literal["bfloat16", "float32"]
     """Of the matrix products; logits and loss are float32 either way."""
+    chunk_tokens: int = 0
+    """Logits of batches with more tokens are computed for so many at a time; 0: whole."""
+    device: torch.device | None = None
+    """Where the model computes; None: where its parameters are."""
 
     def micro_batches(self, batch: Batch, size: int) -> Iterator[Batch]:
         return (batch.rows(first, first + size) for first in range(0, len(batch), size))
@@ -72,13 +80,27 @@ class CausalLanguageModel:
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         # Without a mask all tokens are real, which saves the layers many small operations; asked here, on the CPU.
         padded = batch.padded
-        batch = batch.to(model.device)
-        mask = {"token_mask": batch.token_mask} if padded and routing_contexts(model) else {}
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            # No cache: with one, transformers would let packed documents see each other.
-            logits_BSV = model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **mask
-            ).logits
-        return functional.cross_entropy(
-            logits_BSV.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        device = self.device or model.device
+        batch = batch.to(device)
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        inputs |= {"token_mask": batch.token_mask} if padded and routing_contexts(model) else {}
+        inputs["use_cache"] = False  # with one, transformers would let packed documents see each other
+        targets_N = batch.targets.flatten()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            if self.chunk_tokens and len(targets_N) > self.chunk_tokens:
+                return before_head(model, partial(self._in_chunks, model, targets_N), **inputs)
+            logits_BSV = model(**inputs).logits
+        return _whole_loss(logits_BSV, targets_N)
+
+    def _in_chunks(self, model: PreTrainedModel, targets_N: Tensor, hidden_BSD: Tensor, head: nn.Module) -> Tensor:
+        hidden_ND, logits_of = hidden_BSD.flatten(0, 1), logits_map(model)
+        if isinstance(head.weight, DTensor):  # sliced by rows of the vocabulary: its forward knows how to go on
+            return _whole_loss(logits_of(head(hidden_ND)), targets_N)
+        assert isinstance(head, nn.Linear)
+        options: dict[str, Any] = {"chunk": self.chunk_tokens, "ignored": IGNORE, "logits_of": logits_of}
+        return chunked_loss(hidden_ND, head.weight, head.bias, targets_N, **options)
+
+
+def _whole_loss(logits: Tensor, targets_N: Tensor) -> Tensor:
+    logits_NV = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    return functional.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum")

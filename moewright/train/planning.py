@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import configure, moe_configs
@@ -23,18 +23,19 @@ from moewright.plan.devices import Devices, Workload
 from moewright.plan.report import plan
 from moewright.train.config import RunConfig
 from moewright.train.objective import CausalLanguageModel
+from moewright.train.start import precision_of
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import sparse_layers
 
 
 def skeleton_of(config: RunConfig) -> PreTrainedModel:
-    """The model that a run trains, float32 with its parameters on meta; its folder needs no more than a config.json.
+    """The model that a run trains, with its parameters on meta; its folder needs no more than a config.json.
 
     Raises ModelError and UsageError for a model that cannot be made, or trained.
     """
     if config.upcycle is not None and is_sparse(read_description(config.model)[0]):
         raise ModelError(f"{config.model} is already a mixture of experts; leave the table [upcycle] out")
-    model = described(config.model, dtype=torch.float32)
+    model = described(config.model, dtype=getattr(torch, config.train.param_dtype))
     if model.config.is_encoder_decoder:
         raise UsageError(f"{config.model}: training an encoder-decoder is not supported yet")
     if config.upcycle is not None:
@@ -86,16 +87,26 @@ def plan_run(
 
 def workload_of(config: RunConfig) -> Workload:
     """A step of a run."""
-    train = config.train
+    train, parallel, precision = config.train, config.parallel or ParallelConfig(), precision_of(config.train)
+    param_dtype = getattr(torch, train.param_dtype)
+    objective = CausalLanguageModel(dtype=train.dtype, chunk_tokens=train.loss_chunk_tokens)
+    # On a CPU the host's memory is the device's.
+    nowhere = train.device == "cpu" and parallel.offload_to == "cpu"
     return Workload(
         sequence_length=config.data.sequence_length,
         rows=config.batch_rows,
         micro_rows=train.micro_batch_size,
         dtype=getattr(torch, train.dtype),
+        param_dtype=param_dtype,
+        state_bytes=precision.state_bytes(param_dtype, elsewhere=False),
         device="cpu" if train.device == "cpu" else "cuda",
-        recompute="block" if train.gradient_checkpointing else "none",
-        loss=partial(loss_of, CausalLanguageModel(dtype=train.dtype), config.data.sequence_length),
-        optimizer=partial(_optimizer, config),
+        recompute=config.recompute,
+        offload="none" if nowhere else parallel.offloaded,
+        offload_to=parallel.offload_to,
+        loss=partial(loss_of, objective, config.data.sequence_length),
+        optimizer=partial(
+            make_optimizer, weight_decay=train.weight_decay, betas=(train.beta1, train.beta2), precision=precision
+        ),
     )
 
 
@@ -109,8 +120,3 @@ def loss_of(objective: CausalLanguageModel, length: int, model: PreTrainedModel,
     zeros = torch.zeros(rows, length, dtype=torch.int64)
     batch = _Full(input_ids=zeros, position_ids=zeros, targets=zeros, token_mask=zeros == 0)
     return objective.loss(model, batch)
-
-
-def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
-    train = config.train
-    return make_optimizer(model, weight_decay=train.weight_decay, betas=(train.beta1, train.beta2))

@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moewright.checkpoint.state import SavedState, open_state
 from moewright.errors import CheckpointError
-from moewright.optim.adamw import set_moments
+from moewright.optim.adamw import follow_masters, masters, set_moments
+from moewright.parallel.config import ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.parts import boxes_of, with_part
 from moewright.parallel.ranks import Ranks
@@ -32,8 +33,10 @@ FREE: Final = frozenset(
         "train.async_checkpoints",
         "train.tensorboard",
         "data.eval_rows",
-        *("parallel", "parallel.layout", "parallel.ep", "parallel.etp", "parallel.tp"),
-        *("parallel.dp_replicate", "parallel.fsdp", "parallel.zero"),
+        "parallel",
+        *(f"parallel.{field.name}" for field in fields(ParallelConfig)),
+        # These do, in its precision: a run may go on in another one. What recomputation and chunks leave is the same.
+        *("train.param_dtype", "train.masters", "train.moments", "train.loss_chunk_tokens"),
     }
 )
 """The settings that may change between two starts of a run: the training itself does not depend on them."""
@@ -103,7 +106,8 @@ def restore(
         note(f"torch has {now} threads and had {then} when {path} was saved: sums will be rounded otherwise")
     if (before := facts.get("layout", layout)) != layout:
         note(f"saved by {before}; goes on with {layout}")
-    _fill(model, state)
+    _fill(model_tensors(model) | masters(model, optimizer), state)
+    follow_masters(model, optimizer)
     set_moments(model, optimizer, _moments(model, state))
     found = _generators(state, ranks)
     if found is None:
@@ -130,9 +134,8 @@ def _generators(state: SavedState, ranks: Ranks) -> dict[str, Tensor] | None:
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, state: SavedState) -> None:
-    """Copy the tensors `model.*` of a state into the model, one at a time."""
-    targets = model_tensors(model)
+def _fill(targets: dict[str, Tensor], state: SavedState) -> None:
+    """Copy the tensors `model.*` of a state into those of the model, one at a time."""
     saved = {name.removeprefix("model."): name for name in state.tensors if name.startswith("model.")}
     # States of the first version lack these counts, which begin with zeros.
     targets = {n: t for n, t in targets.items() if n in saved or not n.endswith(".previous_counts")}
@@ -165,7 +168,7 @@ def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
             part = torch.empty(local_part(parameter).shape, dtype=state.tensors[saved].dtype)
             for box in boxes:
                 part[box.local] = state.read(saved, box.whole)
-        tensors[key] = with_part(parameter, part.to(parameter.device))
+        tensors[key] = with_part(parameter, part)  # the optimiser puts it where it belongs
     return tensors
 
 

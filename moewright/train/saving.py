@@ -23,7 +23,7 @@ from moewright.checkpoint.shards import Piece
 from moewright.checkpoint.state import NewState, fault_of, newest_state, states_after, write_rank
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.errors import CheckpointError, MoewrightError
-from moewright.optim.adamw import moments
+from moewright.optim.adamw import masters, moments
 from moewright.parallel.apply import Parallel
 from moewright.parallel.experts import local_part
 from moewright.parallel.mesh import table
@@ -58,7 +58,7 @@ class Saver:
     ) -> None:
         self.root, self.model, self.optimizer, self.identity = root, model, optimizer, identity
         self.ranks, self.seed, self.keep, self.background = parallel.ranks, seed, keep, background
-        self.layout = table(parallel.degrees) if parallel.ranks.size > 1 else "one process"
+        self.layout = table(parallel.degrees).splitlines()[0] if parallel.ranks.size > 1 else "one process"
         self.saved: int | None = None
         """The step of the newest state."""
         self._damaged: list[str] = []
@@ -214,7 +214,8 @@ class Saver:
             self._pending.start()
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"model.{name}": tensor for name, tensor in model_tensors(self.model).items()}
+        weights = model_tensors(self.model) | masters(self.model, self.optimizer)
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
         return tensors | {f"optimizer.{name}": tensor for name, tensor in moments(self.model, self.optimizer).items()}
 
     def require_finite(self, step: int) -> None:

@@ -30,17 +30,25 @@ from moewright.data.tokenizer import load_tokenizer
 from moewright.errors import UsageError, settings_written
 from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
+from moewright.optim.adamw import AdamW, Precision, make_optimizer
 from moewright.parallel.apply import ALONE, Parallel, apply
 from moewright.parallel.config import ParallelConfig, resolve
+from moewright.parallel.memory import MappedFiles
 from moewright.parallel.mesh import make_meshes, table
-from moewright.parallel.parts import boxes_of, with_part
+from moewright.parallel.offload import Offload, offload_of, ranks_here
+from moewright.parallel.parts import boxes_of
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.recompute import recompute
 from moewright.parallel.tensor import sliced_sizes
-from moewright.train.config import RunConfig, ignored_settings
+from moewright.train.config import RunConfig, TrainConfig, ignored_settings
 from moewright.train.objective import CausalLanguageModel
-from moewright.upcycle.apply import file_digests, upcycling_of
+from moewright.upcycle.apply import Upcycling, file_digests
 from moewright.upcycle.config import UpcycleConfig
+from moewright.upcycle.measure import measure
+from moewright.upcycle.plan import UpcyclePlan
+
+Values = tuple[TensorSource, dict[str, Any]]
+"""The values of a model's tensors, and the record of where they come from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +56,7 @@ class Start:
     """A run before its first step."""
 
     model: PreTrainedModel
-    """float32, on the run's device, in training mode."""
+    """In `train.param_dtype`, on the run's device or where the run keeps it, in training mode."""
     objective: CausalLanguageModel
     """The loss of a batch."""
     rows: PackedRows
@@ -78,7 +86,7 @@ def start(
     process.
 
     Raises UsageError, ModelError and DataError for all that can be wrong with model or text, ResourceError for a disk
-    without room for the result; then no weights were read, unless upcycling measures on them.
+    without room for the result; then no weights were read, unless the text is at fault that upcycling measures on.
     """
     with _as_keys(config.moe, table="moe"):
         if config.moe.kernel != "auto":
@@ -88,17 +96,20 @@ def start(
     _require_possible(config.data, source)
     sources = text_digests(config.data)
 
-    model, written_as, tensors, record = _skeleton(config, source)
+    model, written_as, values = _skeleton(config, source)
     for text in ignored_settings(config, sparse=bool(moe_layers(model))):
         warnings.warn(text, stacklevel=2)
     require_space(cache_dir, model.dtype.itemsize * sum(math.prod(slot.shape) for slot in written_as.slots(model)))
-    recompute(model, "block" if config.train.gradient_checkpointing else "none")
+    recompute(model, config.recompute)
     parallel = prepare(model)
 
     tokenizer = load_tokenizer(config.model, vocabulary=embedding_of(model).shape[0])
     rows, held_out = _read_rows(config.data, tokenizer, seed=config.train.seed, cache_dir=cache_dir)
 
+    tensors, record = values()
+    with_part = parallel.offload.with_part(model)
     fill(model, written_as, tensors, device=device, boxes_of=boxes_of, with_part=with_part)
+    parallel.offload.bring_ahead(model)
     configure(model, **asdict(config.moe))
 
     def content() -> dict[str, Any]:
@@ -111,7 +122,9 @@ def start(
 
     return Start(
         model=model.train(),
-        objective=CausalLanguageModel(dtype=config.train.dtype),
+        objective=CausalLanguageModel(
+            dtype=config.train.dtype, chunk_tokens=config.train.loss_chunk_tokens, device=device
+        ),
         rows=rows,
         held_out=held_out,
         record=record,
@@ -124,7 +137,8 @@ def start(
 def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Callable[[str], None]) -> Parallel:
     """Put a skeleton on the ranks as the run's `[parallel]` table says, and note how.
 
-    Raises UsageError for degrees that do not fit the ranks or the experts.
+    Raises UsageError for degrees that do not fit the ranks or the experts, and ResourceError for a disk without room
+    for what is offloaded to it.
     """
     layers = list(moe_configs(model).values())
     experts, sliced = [layer.num_experts for layer in layers], sliced_sizes(model.config, moe_configs(model))
@@ -136,32 +150,90 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
             widths=[layer.expert_size for layer in layers],
             sliced=sliced,
         )
+    settings = config.parallel or ParallelConfig()
+    offload = offload_of(settings, ranks.device)
+    if settings.offloaded != "none" and offload.memory is None:
+        warnings.warn(
+            f"parallel.offload = {settings.offloaded} is ignored: on a CPU the host's memory is the device's; "
+            "set parallel.offload_to = disk",
+            stacklevel=2,
+        )
     if ranks.size > 1:
         ranks.meet()  # no rank makes a mesh while another one has failed before
         note(table(degrees, experts=max(experts, default=0)))
         if config.parallel is not None and config.parallel.slices and config.parallel.tp is None and degrees.tp == 1:
             what = ", ".join(f"{size} {name}" for name, size in sliced.items())
             note(f"without tensor slicing: nothing but 1 divides {ranks.size} ranks, {what}")
-        apply(model, make_meshes(degrees, device_type=ranks.device.type))
-    return Parallel(ranks=replace(ranks, tp=degrees.tp), degrees=degrees)
+    if needs_group(config, ranks.device) or ranks.size > 1:
+        apply(model, make_meshes(degrees, device_type=ranks.device.type), offload=offload)
+    if isinstance(offload.memory, MappedFiles):
+        with settings_written(["offload_folder"], write=lambda name: f"parallel.{name} = "):
+            offload.memory.require_space(ranks_here(ranks.size) * _bytes_outside(model, offload, config.train))
+    return Parallel(ranks=replace(ranks, tp=degrees.tp), degrees=degrees, offload=offload)
 
 
-def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, TensorSource, dict[str, Any]]:
-    """The model in float32 with its parameters on meta, the format and the source of its tensors, and its record."""
+def needs_group(config: RunConfig, device: torch.device) -> bool:
+    """Whether a process alone needs a group of one: parameters outside of a GPU are brought there by `fully_shard`."""
+    return device.type == "cuda" and config.parallel is not None and config.parallel.offloaded in ("experts", "all")
+
+
+def precision_of(settings: TrainConfig) -> Precision:
+    """How the optimiser of a run stores what it moves."""
+    return Precision(masters=settings.masters, moments=settings.moments, seed=settings.seed)
+
+
+def optimizer_of(started: Start, settings: TrainConfig) -> AdamW:
+    """The optimiser of a run."""
+    return make_optimizer(
+        started.model,
+        weight_decay=settings.weight_decay,
+        betas=(settings.beta1, settings.beta2),
+        router_ratio=settings.router_learning_rate_ratio,
+        precision=precision_of(settings),
+        places_of=started.parallel.offload.places_of(started.model),
+    )
+
+
+def _bytes_outside(model: PreTrainedModel, offload: Offload, settings: TrainConfig) -> int:
+    """What this rank puts outside of the device, at most."""
+    precision, total = precision_of(settings), 0.0
+    for dtype, values in offload.values(model).items():
+        each = precision.state_bytes(dtype, elsewhere=False)
+        if offload.weights:
+            each += dtype.itemsize + precision.stored_dtype(dtype).itemsize
+        total += each * values
+    return math.ceil(total)
+
+
+def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, Callable[[], Values]]:
+    """The model with its parameters on meta, the format of its tensors, and a call that gives their values.
+
+    What upcycling measures it measures in that call: all that can be refused without a weight is refused before.
+    """
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.train.param_dtype]
     if config.upcycle is None:
-        model, written_as = open_skeleton(source, dtype=torch.float32)
-        tensors: TensorSource = FolderSource(source)
-        record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
+        model, written_as = open_skeleton(source, dtype=dtype)
+
+        def values() -> Values:
+            record = {name: value for name, value in (source.record or {}).items() if name == "upcycle"}
+            return FolderSource(source), record
+
     else:
-        with _as_keys(config.upcycle, table="upcycle"):
-            upcycling = upcycling_of(config.model, config.upcycle, dtype=torch.float32)
-        model, written_as, tensors = upcycling.model, upcycling.format, upcycling.tensors
-        record = record_of(upcycling, [])
+        upcycle = config.upcycle
+        with _as_keys(upcycle, table="upcycle"):
+            plan = UpcyclePlan(source, upcycle, dtype=dtype)
+        model, written_as = plan.model, plan.format
+
+        def values() -> Values:
+            with _as_keys(upcycle, table="upcycle"):
+                upcycling = Upcycling(plan, measure(plan))
+            return upcycling.tensors, record_of(upcycling, [])
+
     if model.config.is_encoder_decoder:
         raise UsageError(
             f"{config.model}: training an encoder-decoder ({model.config.model_type}) is not supported yet"
         )
-    return model, written_as, tensors, record
+    return model, written_as, values
 
 
 def _as_keys(settings: MoESettings | UpcycleConfig, *, table: str) -> AbstractContextManager[None]:

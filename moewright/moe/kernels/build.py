@@ -1,5 +1,6 @@
 """Compiles native.cpp once for this machine, this torch and these sources, and loads what came out."""
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -7,6 +8,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,8 +44,11 @@ def compiled() -> Path:
     _log.warning("compiling the CPU kernel for torch %s, once: about half a minute", torch.__version__)
     folder.mkdir(parents=True, exist_ok=True)
     root = Path(torch.__file__).parent
-    # Into a folder of its own, then renamed: whoever is killed half-way, or runs at the same time, harms nobody.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # Into a folder of its own, then renamed: whoever is killed half-way harms nobody. The ranks of a machine take
+    # turns, and all but one find it done; the system gives the lock back, however its holder ends.
+    with _alone(folder), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if target.exists():
+            return target
         result = Path(scratch) / target.name
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10")
@@ -50,6 +56,15 @@ def compiled() -> Path:
         subprocess.run(command, check=True, capture_output=True, text=True)
         result.replace(target)
     return target
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in here; on a file system without locks, do not wait."""
+    with (folder / "compiling.lock").open("w") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cache_folder() -> Path:

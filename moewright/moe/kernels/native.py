@@ -27,7 +27,8 @@ from moewright.moe.kernels.memory import empty
 def native(x_TD: Tensor, weights_TK: Tensor, permutation: Permutation, experts: ExpertWeights) -> Tensor:
     """Any floating dtype, on CPU; whole-graph under `torch.compile`. See `moewright.moe.experts.Kernel`.
 
-    A processor without instructions for bfloat16 or float16 products computes them in float32. The sum of a token
+    A processor without instructions for bfloat16 or float16 products computes them in float32, under autocast with
+    weights that are not rounded before. The sum of a token
     is taken in the order of its choices. There are no second derivatives. Raises `UsageError` on another device,
     and where the kernel cannot be compiled.
     """
