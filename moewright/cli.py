@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with quiet, settings_written(verb.settings(), write=lambda name: f"{as_flag(name)} "):
                 facts = verb.run(verb.read(values))
             _show(facts, as_json=as_json)
-        return 0
+        return 0 if facts is None else verb.exit_code(facts)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, debug=debug)
     except BrokenPipeError:

@@ -11,7 +11,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only from rooms that stand before it.
 ROOMS = [
     *("errors", "report", "moe", "checkpoint", "family", "backbone", "auto", "data", "evaluate", "export", "convert"),
-    *("grow", "upcycle", "surgery", "parallel", "optim", "distil", "train", "plan", "lens", "demo", "options", "cli"),
+    *("grow", "upcycle", "surgery", "parallel", "optim", "distil", "plan", "train", "lens", "demo", "options", "cli"),
     "__main__",
 ]
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from moewright.backbone.graft import graft
 from moewright.backbone.pretrained import RECOMPUTED
 from moewright.backbone.skeleton import empty_model, has_tied_head, untie_head
 from moewright.backbone.slots import Box, Index, Slices, Slot, TensorSource
-from moewright.checkpoint.read import RECORD, ModelFolder
+from moewright.checkpoint.read import RECORD, ModelFolder, read_description
 from moewright.errors import ModelError
 from moewright.family.row import Family
 from moewright.family.table import family_of
@@ -51,12 +51,9 @@ def open_skeleton(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> t
 
     Names, shapes and what must be constant are checked. Raises `ModelError`.
     """
-    written_as, record = format_for(folder.config), folder.record or {}
+    written_as = format_for(folder.config)
     dtype = dtype or folder_dtype(folder)
-    said = Fields(record, folder.config["model_type"], file=RECORD).flag(
-        "tie_word_embeddings", default=written_as.says_tied(folder.config)
-    )
-    config, layers = written_as.read(folder.config, record=record, tied=said)
+    config, layers, said = _described(written_as, folder.config, folder.record or {})
     family = family_of(config)
     tied = _are_tied(folder, family, written_as, said=said and bool(config.tie_word_embeddings))
     if not family.seq2seq:  # the embeddings of an encoder and a decoder stay tied to each other
@@ -75,6 +72,30 @@ def open_skeleton(folder: ModelFolder, *, dtype: torch.dtype | None = None) -> t
         if slot.must_match and slot.contradicts(folder.read(slot.name)):
             raise ModelError(f"{folder.path}: {slot.name} is not {slot.fill:g} everywhere; {_why_constant(folder)}")
     return model, written_as
+
+
+def described(path: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a folder's config.json describes, with its parameters on meta; the folder needs no weights.
+
+    Raises `ModelError`.
+    """
+    fields, record = read_description(Path(path))
+    config, layers, said = _described(format_for(fields), fields, record or {})
+    config.tie_word_embeddings = said and bool(config.tie_word_embeddings)
+    model = empty_model(config, dtype=dtype)
+    graft(model, layers)
+    return model
+
+
+def _described(
+    written_as: Format, fields: dict[str, Any], record: dict[str, Any]
+) -> tuple[PreTrainedConfig, Layers, bool]:
+    """The backbone's config, the sparse layers, and whether the embeddings are said to be tied."""
+    said = Fields(record, fields["model_type"], file=RECORD).flag(
+        "tie_word_embeddings", default=written_as.says_tied(fields)
+    )
+    config, layers = written_as.read(fields, record=record, tied=said)
+    return config, layers, said
 
 
 def folder_dtype(folder: ModelFolder) -> torch.dtype:

@@ -67,10 +67,8 @@ class ModelFolder:
         self._hashes = hashes
         self._fingerprint: str | None = None
         self._told_of_dtypes = False
+        self.config, self.record = read_description(self.path)
         with reading(self.path):
-            _require_content(self.path)
-            self.config = _read_config(self.path)
-            self.record = read_json(file_inside(self.path, RECORD)) if (self.path / RECORD).exists() else None
             self.tensors = _read_headers(self.path)
         quantised = [info.name for info in self.tensors.values() if info.dtype in FLOAT8]
         if quantised:
@@ -166,6 +164,15 @@ class ModelFolder:
         return {info.file for info in self.tensors.values()}
 
 
+def read_description(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """``config`` and ``record`` of a ModelFolder, whether or not the folder has weights. Raises ModelError."""
+    path = Path(path)
+    with reading(path):
+        _require_content(path)
+        config = _read_config(path)
+        return config, read_json(file_inside(path, RECORD)) if (path / RECORD).exists() else None
+
+
 def _require_content(path: Path) -> None:
     old = path.parent / interrupted_name(path.name)
     if not path.exists() and old.is_dir():
@@ -187,7 +194,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             method = config[key].get("quant_method") if isinstance(config[key], dict) else None
             raise _quantised(path, f"{key} in {CONFIG}", method=method)
     if config.get("auto_map") is not None:
-        warnings.warn(f"{path}: auto_map in {CONFIG} is ignored, code from a model folder is never run", stacklevel=4)
+        warnings.warn(f"{path}: auto_map in {CONFIG} is ignored, code from a model folder is never run", stacklevel=5)
     try:
         cleaned: dict[str, Any] = without_code(config)
     except RecursionError as error:

@@ -49,6 +49,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def padded(self) -> bool:
+        """Whether there is a token that is not real; reads the mask."""
+        return not bool(self.token_mask.all())
+
     def rows(self, start: int, stop: int) -> "Batch":
         """The rows [start, stop) as a batch of their own (views, no copy)."""
         return self._each(lambda tensor: tensor[start:stop])

@@ -106,6 +106,11 @@ class AdamW(torch.optim.AdamW):
                 state[name] = self._moment(parameter, name, stored)
         return state
 
+    def begin(self) -> None:
+        """Make the states of all parameters that have none."""
+        for parameter in self._places:
+            self._begin(parameter)
+
     def _moment(self, parameter: nn.Parameter, name: str, like: Tensor) -> Tensor | Blockwise:
         memory, precision = self._memory(parameter), self.precision.moments
         if isinstance(memory, DeviceMemory):

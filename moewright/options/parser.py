@@ -51,6 +51,8 @@ class Verb(Generic[Options]):
     options: type[Options]
     """A dataclass. A bool is a switch, a `Literal` a choice, a field that is a dataclass a group of options."""
     summary: str
+    exit_code: Callable[[Facts], int] = lambda facts: 0
+    """Of a call that has returned facts."""
 
     def read(self, values: argparse.Namespace) -> Options:
         """The options, from the values parsed; UsageError if they contradict each other."""

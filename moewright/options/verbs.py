@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal
 
 from moewright.checkpoint.ahead import hash_ahead
 from moewright.distil.config import DistilConfig
-from moewright.errors import settings_written
+from moewright.errors import ResourceError, settings_written
 from moewright.grow.config import GrowConfig
 from moewright.options import parser
 from moewright.options.parser import Facts, Metavar, Positional, Rest, Verb
@@ -164,6 +164,47 @@ def train(options: Train) -> Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan(Output):
+    run: Annotated[Path, Positional("RUN.toml")]
+    """The run file; its model's folder needs no more than a config.json."""
+    devices: int
+    """How many devices the run has."""
+    device_memory: Annotated[str, Metavar("SIZE")]
+    """Memory of each: 40GB is 40 * 10^9 bytes, 40GiB is 40 * 2^30."""
+    host_memory: Annotated[str | None, Metavar("SIZE")] = None
+    """Memory of each host, for all of its devices."""
+    devices_per_host: int = 8
+    """How many devices share a host."""
+    skew: float = 2.0
+    """Load of the busiest rank over the mean, for which there must be room."""
+    search: bool = False
+    """List the layouts that fit, the quickest first."""
+    overrides: Annotated[tuple[str, ...], Rest("--section.key value ...")]
+    """Exit code 0 when the run fits, 5 when it does not. Keys of the run file can be overridden as for `train`, for
+    example: --parallel.layout E+Z --parallel.zero 3"""
+
+
+def plan(options: Plan) -> Facts:
+    with _importing():
+        from moewright.plan.report import for_people
+        from moewright.plan.units import to_bytes
+        from moewright.train.planning import plan_run
+        from moewright.train.run_file import load_run
+
+    memory = options.host_memory
+    facts = plan_run(
+        load_run(options.run, options.overrides),
+        devices=options.devices,
+        device_memory=to_bytes(options.device_memory, name="device_memory"),
+        host_memory=None if memory is None else to_bytes(memory, name="host_memory"),
+        devices_per_host=options.devices_per_host,
+        skew=options.skew,
+        search=options.search,
+    )
+    return facts if options.json else for_people(facts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export(Written):
     source: Annotated[Path, Positional("SRC")]
     """A sparse model folder."""
@@ -268,6 +309,13 @@ VERBS: Final[Sequence[Verb[Any]]] = (
     Verb("upcycle", upcycle, Upcycle, "write a dense model folder as a mixture of experts"),
     Verb("grow", grow, Grow, "write a dense model folder as a larger dense model"),
     Verb("train", train, Train, "train as a run file says; the same command again resumes"),
+    Verb(
+        "plan",
+        plan,
+        Plan,
+        "say what a run needs on many devices, without one: memory, time, and whether it fits",
+        exit_code=lambda facts: 0 if facts["fits"] else ResourceError.exit_code,
+    ),
     Verb("export", export, Export, "write a sparse folder for a runtime, and prove that it computes the same"),
     Verb("distil", distil, Distil, "train each MoE block alone to do what its dense block does"),
     Verb(

@@ -97,7 +97,7 @@ class ParallelConfig:
         return LAYOUTS[self.layout or "E+D"] if self.zero is None else self.zero
 
     @property
-    def offloaded(self) -> str:
+    def offloaded(self) -> Literal["none", "optimizer", "experts", "all"]:
         """What is kept outside of the device."""
         return self.offload or ("optimizer" if self.layout == "E+Z-Off+M" else "none")
 

@@ -99,10 +99,7 @@ class AllToAllExchange:
         permutation = sort_by_expert(experts_TK, num_experts=self.num_experts * self.slices, kept_TK=kept_TK)
         ends = permutation.ends_E.long()
         sent_ne = torch.diff(ends, prepend=ends.new_zeros(1)).view(self.ranks, -1)
-        arriving_ne = torch.empty_like(sent_ne)
-        dist.all_to_all_single(arriving_ne, sent_ne, group=self.group)
-        # The sizes of what follows are needed on the host: the one point at which it waits for the device.
-        to, back = torch.stack([sent_ne.sum(1), arriving_ne.sum(1)]).tolist()
+        arriving_ne, to, back = self.counts(sent_ne)
 
         dtype = autocast_dtype(x_TD)  # the experts cast to it anyway, and fewer bytes travel
         rows_ND = dispatch(x_TD if dtype is None else x_TD.to(dtype), permutation)[: sum(to)]
@@ -118,6 +115,14 @@ class AllToAllExchange:
             sort_by_expert(expert_R[:, None], num_experts=e),
             _Ticket(journey, permutation, weights_TK),
         )
+
+    def counts(self, sent_ne: Tensor) -> tuple[Tensor, list[int], list[int]]:
+        """Of rows that go to each rank and its experts: those that arrive, (n, e), and the sums for each rank."""
+        arriving_ne = torch.empty_like(sent_ne)
+        dist.all_to_all_single(arriving_ne, sent_ne, group=self.group)
+        # The sizes of what follows are needed on the host: the one point at which it waits for the device.
+        to, back = torch.stack([sent_ne.sum(1), arriving_ne.sum(1)]).tolist()
+        return arriving_ne, to, back
 
     def _for_each_slice(
         self, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None

@@ -79,7 +79,7 @@ class CausalLanguageModel:
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         # Without a mask all tokens are real, which saves the layers many small operations; asked here, on the CPU.
-        padded = not bool(batch.token_mask.all())
+        padded = batch.padded
         device = self.device or model.device
         batch = batch.to(device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}

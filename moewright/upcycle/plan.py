@@ -50,10 +50,7 @@ class UpcyclePlan:
         backbone, family = self.source.backbone, self.source.family
         self.dtype = dtype or self.source.dtype()
         self.config = config.resolved(hidden_size=backbone.hidden_size)
-        self.layers = {
-            layer: _moe_config(self.config, family, backbone, layer=layer)
-            for layer in chosen_layers(config.layers, backbone)
-        }
+        self.layers = sparse_layers(self.config, family, backbone)
         self._warn_of(config)
         self.model: PreTrainedModel = empty_model(copy.deepcopy(backbone), dtype=self.dtype)
         if has_tied_head(self.model) and not has_tied_head(self.source.model):
@@ -103,6 +100,13 @@ class UpcyclePlan:
             )
         for text in texts:
             warnings.warn(text, stacklevel=3)
+
+
+def sparse_layers(config: UpcycleConfig, family: Family, backbone: PreTrainedConfig) -> dict[int, MoEConfig]:
+    """The layers that become sparse under a resolved config, and their shapes; `UsageError` where they do not fit."""
+    return {
+        layer: _moe_config(config, family, backbone, layer=layer) for layer in chosen_layers(config.layers, backbone)
+    }
 
 
 def _moe_config(config: UpcycleConfig, family: Family, backbone: PreTrainedConfig, *, layer: int) -> MoEConfig:

@@ -1,0 +1,1 @@
+"""What fits where, and how fast: units, devices, workload, simulate, shape, memory, flops, layouts, report."""
