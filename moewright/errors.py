@@ -18,7 +18,8 @@ class MoewrightError(Exception):
 
     exit_code: ClassVar[int] = 70
     told: bool | None = None
-    """Whether another process of the run tells the user of it; None: these processes have not spoken of it."""
+    """Whether another process of the run tells the user of it. None: these processes have not met over it, so that it
+    may be this one's alone (`Ranks.agreeing`)."""
 
 
 class UsageError(MoewrightError, ValueError):

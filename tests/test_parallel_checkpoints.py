@@ -304,7 +304,7 @@ def meets_faults(rank: int, *, root: Path, background: bool) -> None:
     trained = Trained(root, rank, background=background)
     with pytest.raises(ResourceError, match=r"^rank 1: .*File too large") as full:
         fills_the_disk(rank, trained, root=root)
-    assert full.value.told is None, "all ranks say the same: the first one tells"
+    assert full.value.told == (rank > 0), "all ranks say the same: the first one tells"
     trained.saver.ranks.meet()
     assert names(root) == ["step-00000001"]
 
@@ -318,7 +318,27 @@ def meets_faults(rank: int, *, root: Path, background: bool) -> None:
             saver.save(trained.position, now=True)
 
 
+def ends_in_a_step(trained: Trained) -> None:
+    with trained.saver as saver:
+        trained.step()
+        saver.save(trained.position)
+        if saver.ranks.rank == 1:
+            raise ResourceError("the disk is full")
+        assert saver.ranks.gathered([10]) == [[10], [11]], "a collective of the step, which the other rank must not meet"
+        raise KeyError
+
+
+def fails_alone(rank: int, *, root: Path) -> None:
+    trained = Trained(root, rank, background=True)
+    with pytest.raises(ResourceError if rank else KeyError):
+        ends_in_a_step(trained)
+    if rank:
+        trained.saver.ranks.gathered([11])
+    assert names(root) == [] or rank
+
+
 def faults(folder: Path) -> None:
+    together(partial(fails_alone, root=folder / "alone"), ranks=2)
     for background in (False, True):
         root = folder / str(background)
         together(partial(meets_faults, root=root, background=background), ranks=2)

@@ -26,7 +26,7 @@ from moewright.moe.config import MoESettings
 from moewright.parallel.config import ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.parts import on_first_rank
-from moewright.parallel.ranks import Ranks
+from moewright.parallel.ranks import LOST, Ranks
 from moewright.train.config import RunConfig
 from moewright.train.loop import train
 from moewright.train.run_file import to_toml
@@ -202,8 +202,29 @@ def stops_together(rank: int, *, config: RunConfig) -> None:
     assert diverged.value.told == (rank > 0)
 
 
+def fails_in_a_step(rank: int, *, config: RunConfig) -> None:
+    def fill_the_disk(model: nn.Module) -> None:
+        if rank == 1:
+            raise ResourceError("the disk is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, fill_the_disk)
+        if rank == 0:
+            with pytest.raises(RuntimeError) as lost:
+                train(config)
+            assert LOST.search(str(lost.value))
+            return
+        with pytest.raises(ResourceError) as alone:
+            train(config)
+    assert alone.value.told is False, "no other rank knows the reason"
+
+
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all(tmp_path: Path) -> None:
     on_ranks(partial(stops_together, config=make(tmp_path)), tmp_path)
+
+
+def test_what_fails_on_one_rank_in_a_step_is_told_by_it(tmp_path: Path) -> None:
+    on_ranks(partial(fails_in_a_step, config=make(tmp_path)), tmp_path)
 
 
 def fails_alone(rank: int, *, config: RunConfig) -> None:

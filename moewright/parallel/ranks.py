@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from moewright.errors import MoewrightError, UsageError
 TIMEOUT: Final = timedelta(minutes=30)
 """How long a rank waits for another one before it gives up; reading text and verifying a state take their time."""
 CPU: Final = torch.device("cpu")
+ErrorT = TypeVar("ErrorT", bound=MoewrightError)
+
 LOST: Final = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|timed? ?out")
 """What an error of a collective says when another rank has gone."""
 
@@ -122,11 +124,20 @@ class Ranks:
         if failed := [rank for rank, code in enumerate(codes) if code]:
             raise _another_failed(failed[0], codes[failed[0]])
 
+    def everyones(self, error: ErrorT) -> ErrorT:
+        """An error that all ranks raise at this point, since what led to it is the same on all: the first one tells."""
+        error.told = not self.is_first
+        return error
+
     @contextmanager
     def agreeing(self) -> Iterator[None]:
         """A block that all ranks leave together: if one fails, all raise, and the first that failed tells the user.
 
         Within the block no rank may wait for another one, unless they `meet` just before.
+
+        An error that leaves this block has `told` set, and so has one that is raised by way of `everyones`: all ranks
+        have it, and may still wait for one another. Any other is of one rank, which must tell of it by itself and
+        must not wait: the others are somewhere else.
         """
         try:
             yield

@@ -95,16 +95,16 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
                 cache_dir=cache_of(folder, ranks.rank),
                 prepare=partial(divide, config=config, ranks=ranks, note=progress.note),
             )
-        run = _Run(config, started, progress)
-        with ranks.agreeing():
-            if ranks.is_first:
-                record_run(folder, config=config, identity=run.identity, sources=started.sources)
         try:
+            run = _Run(config, started, progress)
+            with ranks.agreeing():
+                if ranks.is_first:
+                    record_run(folder, config=config, identity=run.identity, sources=started.sources)
             with stop_on_signals(echoes=ranks.size > 1) as stop, progress:
                 run.to_the_end(stop)
         except MoewrightError as error:
             if error.told is None:
-                error.told = not ranks.is_first  # all ranks have come to the same end
+                error.told = False  # of this rank alone: no other one knows the reason
             raise
         return recorded_result(folder)
 
@@ -146,7 +146,7 @@ def train_step(
         model.parameters(), max_norm=max_norm, loss=loss, ranks=parallel.ranks, gradients=whole
     )
     record = {"loss": total, "grad_norm": norm}
-    _require_finite(record, step)
+    _require_finite(record, step, parallel.ranks)
 
     rate = settings.learning_rate_at(step)
     update(optimizer, learning_rate=rate)
@@ -246,10 +246,8 @@ class _Run:
                 saver.look()
                 if signal := stop.agreed(self.ranks):
                     saver.save(position, now=True)
-                    raise Preempted(
-                        f"{signal.name}: stopped and saved after step {position.step} of {steps}; "
-                        "the same command goes on from there"
-                    )
+                    stopped = f"{signal.name}: stopped and saved after step {position.step} of {steps}"
+                    raise self.ranks.everyones(Preempted(f"{stopped}; the same command goes on from there"))
                 if position.step == steps:
                     break
                 records.stepped(self._step())
@@ -320,7 +318,7 @@ class _Run:
         if result is None:
             return
         loss, tokens = result
-        _require_finite({"held-out loss": loss}, step)
+        _require_finite({"held-out loss": loss}, step, self.ranks)
         records.evaluated({"step": step, "loss": loss, "tokens": tokens, "seconds": time.perf_counter() - began})
 
     def _newest_position(self) -> Position:
@@ -355,7 +353,8 @@ def _require_same_completed(config: RunConfig, folder: Path) -> None:
     resume.require_same_run(identity | sources, resume.identity(config, content=content), where=folder / FINAL)
 
 
-def _require_finite(values: Mapping[str, float], step: int) -> None:
+def _require_finite(values: Mapping[str, float], step: int, ranks: Ranks) -> None:
+    """The values are the same on all ranks."""
     for name, value in values.items():
         if not math.isfinite(value):
-            raise diverged(step, f"{name} is {value}")
+            raise ranks.everyones(diverged(step, f"{name} is {value}"))

@@ -170,7 +170,7 @@ class Saver:
         if failed is not None:
             rank, result = failed
             message = f"rank {rank}: {result['error']}" if self.ranks.size > 1 else result["error"]
-            raise error_of(result["code"], message) from mine
+            raise self.ranks.everyones(error_of(result["code"], message)) from mine
 
     def _begin(self, position: Position, *, copied: bool) -> None:
         ranks, new, folder = self.ranks, None, ""
@@ -224,7 +224,7 @@ class Saver:
         finite = (bool(local_part(parameter).isfinite().all()) for _, parameter in named)
         first = next((number for number, is_finite in enumerate(finite) if not is_finite), len(named))
         if (worst := min(row[0] for row in self.ranks.gathered([first]))) < len(named):
-            raise diverged(step, f"{named[worst][0]} is no longer finite")
+            raise self.ranks.everyones(diverged(step, f"{named[worst][0]} is no longer finite"))
 
     def _drop(self) -> None:
         self._pending = None
@@ -239,7 +239,8 @@ class Saver:
         if self._pending is None:
             self._open.close()
             return
-        together = isinstance(error, MoewrightError) or (self.ranks.size == 1 and isinstance(error, Exception))
+        everyones = isinstance(error, MoewrightError) and error.told is not None
+        together = everyones or (self.ranks.size == 1 and isinstance(error, Exception))
         if together:
             try:
                 self.finish()  # steps that were made before the error are not lost
