@@ -26,7 +26,7 @@ from moewright.parallel.apply import Parallel
 from moewright.parallel.config import ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.ranks import Ranks
-from moewright.train import saving
+from moewright.train import generators, saving
 from moewright.train.config import RunConfig
 from moewright.train.loop import train
 from moewright.train.resume import Position, model_tensors
@@ -427,7 +427,7 @@ def test_training_goes_on_while_a_state_is_written(tmp_path: Path, gate: threadi
     assert (facts["step"], facts["tokens"]) == (1, 10)
 
 
-def test_a_new_save_waits_for_the_one_before_and_a_stop_does_not(tmp_path: Path, gate: threading.Event) -> None:
+def test_a_save_waits_for_the_one_before_and_so_does_a_stop(tmp_path: Path, gate: threading.Event) -> None:
     trained = Trained(tmp_path, 0, ranks=1, background=True)
     threading.Timer(0.5, gate.set).start()
     with trained.saver as saver:
@@ -440,8 +440,44 @@ def test_a_new_save_waits_for_the_one_before_and_a_stop_does_not(tmp_path: Path,
         saver.save(trained.position)
         trained.step()
         saver.save(trained.position, now=True)
-    assert names(tmp_path)[-1] == "step-00000004"
-    assert all("tmp" not in name for name in names(tmp_path))
+    assert names(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_a_stop_keeps_the_state_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the time to stop is too short for another one."""
+    trained = Trained(tmp_path, 0, ranks=1, background=True)
+    write, begun = saving.write_rank, threading.Event()
+
+    def slow(folder: Path, **rest: Any) -> Any:
+        if "00000002" in folder.name:
+            raise KeyboardInterrupt
+        assert begun.wait(60)
+        return write(folder, **rest)
+
+    monkeypatch.setattr(saving, "write_rank", slow)
+    trained.step()
+    with pytest.raises(KeyboardInterrupt), trained.saver as saver:
+        saver.save(trained.position)
+        trained.step()
+        threading.Timer(0.5, begun.set).start()
+        saver.save(trained.position, now=True)
+    assert newest_state(tmp_path)[0] == tmp_path / "step-00000001"
+
+
+def test_a_run_on_a_cpu_leaves_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise AssertionError("it would take memory there")
+
+    for name in ("get_rng_state", "set_rng_state", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for background in (False, True):
+        trained = Trained(tmp_path, 0, ranks=1, background=background)
+        trained.step()
+        with trained.saver as saver:
+            saver.save(trained.position)
+            saver.finish()
+    generators.restore({"cuda": torch.zeros(16, dtype=torch.uint8)})
 
 
 def test_an_error_of_the_run_does_not_cost_the_state_on_its_way(tmp_path: Path, gate: threading.Event) -> None:

@@ -1,4 +1,4 @@
-"""What is private in torch, and of what use it is here. Checked with torch 2.13."""
+"""Private names of torch that other modules need, with the reason for each. Checked with torch 2.13."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -17,14 +17,14 @@ def seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def states() -> dict[str, Tensor]:
-    """Their states, a vector each, of the same length on every process; the CUDA device is the current one."""
+def states(device: torch.device) -> dict[str, Tensor]:
+    """Their states, a vector each, of the same length on every process; CUDA's if that is where it computes."""
     _, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     assert isinstance(numpy, dict)
     found = packed(words, gauss, numpy) | {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":  # elsewhere the question alone would take memory on a GPU
+        found["cuda"] = torch.cuda.get_rng_state(device)
     return found
 
 
@@ -42,7 +42,7 @@ def restore(found: dict[str, Tensor]) -> None:
     """Go on from `states`; a generator that has none stays as it is."""
     if "torch" in found:
         torch.set_rng_state(found["torch"])
-    if "cuda" in found and torch.cuda.is_available():
+    if "cuda" in found and torch.cuda.is_initialized():  # a process that computes there has its model there by now
         torch.cuda.set_rng_state(found["cuda"])
     if "python" in found:
         *words, gauss = found["python"].tolist()

@@ -114,15 +114,10 @@ class Saver:
     def save(self, position: Position, *, now: bool = False) -> None:
         """Save the state after a step; without `background`, or `now`, it is committed on return.
 
-        One that is still being written is waited for first; `now`, it makes way unless it is the same. Raises
-        ResourceError when the disk of any rank is full, with that rank's reason.
+        One that is still being written is waited for and committed first, also `now`: a process that is killed before
+        the end of both has lost the newer one at most. Raises ResourceError when the disk of any rank is full, with
+        that rank's reason.
         """
-        if now:
-            self.look()
-        if self._pending is not None and now and self._pending.position.step != position.step:
-            self._pending.cancel()
-            self.ranks.meet()  # no rank writes there any more
-            self._drop()
         self.finish()
         if self.saved == position.step:
             return
@@ -176,7 +171,7 @@ class Saver:
         ranks, new, folder = self.ranks, None, ""
         tensors = self._tensors()
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        states = generators.states()
+        states = generators.states(ranks.device)
         shapes |= {f"random.{name}": (ranks.size, *state.shape) for name, state in states.items()}
         facts = {
             "step": position.step,
@@ -196,8 +191,8 @@ class Saver:
             ]
             if copied:
                 parts = [(name, start, _copy(part)) for name, start, part in parts]
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()  # the copies on their way
+                if ranks.device.type == "cuda":
+                    torch.cuda.synchronize(ranks.device)  # the copies on their way
             pieces = [_piece(*part, cancelled) for part in parts]
             del parts
         self._pending = _Write(
