@@ -1,11 +1,13 @@
 """A model on several ranks has the gradients of one process, whatever the layout; what cannot be had is refused."""
 
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import distributed_c10d
 
 from experiments import parity
 from moewright.backbone.slots import Bring
@@ -13,9 +15,9 @@ from moewright.errors import UsageError
 from moewright.parallel.apply import apply
 from moewright.parallel.config import Degrees, ParallelConfig, resolve
 from moewright.parallel.experts import local_part
-from moewright.parallel.mesh import table
+from moewright.parallel.mesh import make_meshes, table
 from moewright.parallel.parts import on_first_rank
-from moewright.parallel.ranks import Ranks
+from moewright.parallel.ranks import LOST, TIMEOUT, Ranks
 from tests.ranks import expected_part, on_ranks
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}
@@ -40,7 +42,17 @@ def test_gradients_and_clipping_on_four_ranks(tmp_path: Path) -> None:
     on_ranks(partial(gradients_equal_one_process, ranks=4, dtype=torch.float64, every=6), tmp_path, ranks=4)
 
 
+def collectives_wait_as_long_as_promised(degrees: Degrees) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+            patch.setattr(distributed_c10d, name, timedelta(minutes=10))
+        meshes = make_meshes(degrees, device_type="cpu")
+    groups = [*meshes.dense.get_all_groups(), *meshes.experts.get_all_groups(), meshes.travel]
+    assert {group._get_backend(torch.device("cpu")).options._timeout for group in groups} == {TIMEOUT}
+
+
 def fewer_experts_than_shards(rank: int) -> None:
+    collectives_wait_as_long_as_promised(Degrees(ranks=4, etp=2, ep=1, tp=2, zero=3))
     # What is sharded is then a dim that divides and is not sliced yet, and else the experts, unevenly.
     few = {"num_experts": 2, "top_k": 1, "expert_size": 15}
     holds_its_part(rank, few, Degrees(ranks=4, zero=3), {"gate_up_proj": (2, 30, 8), "down_proj": (2, 8, 15)})
@@ -75,6 +87,37 @@ def holds_its_part(rank: int, changes: dict[str, Any], degrees: Degrees, held: d
 
     done = on_first_rank(parameters.values(), work, ranks=Ranks(rank=rank, size=4))
     assert done == (len(parameters) if rank == 0 else None)
+
+
+NCCL = "NCCL error in: /torch/csrc/distributed/c10d/NCCLUtils.cpp:97, "
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:39827", True),
+        ("[/gloo/transport/tcp/pair.cc:589] Read error [127.0.0.1]:25266: Connection reset by peer", True),
+        ("[/gloo/transport/tcp/pair.cc:302] writev [127.0.0.1]:25266: Broken pipe", True),
+        ("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete", True),
+        ("Application timeout caused pair closure", True),
+        ("Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?", True),
+        ("wait timeout after 1800000ms, keys: /default_pg/0", True),
+        ("Socket Timeout", True),
+        (NCCL + "remote process exited or there was a network error, NCCL version 2.29.7", True),
+        (NCCL + "unhandled system error\nLast error:\nsocketProgress: Connection closed by remote peer node2<4>", True),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3) ran for 1800000 milliseconds", True),
+        ("NCCL communicator was aborted on rank 2.", True),
+        (NCCL + "invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.29.7", False),
+        (NCCL + "unhandled cuda error (run with NCCL_DEBUG=INFO for details)\nCuda failure 2 'out of memory'", False),
+        ("No backend type associated with device type cuda; the group has cpu:gloo", False),
+        ("Cannot use ReduceOp.PREMUL_SUM with Gloo", False),
+        ("ProcessGroupGloo::allgather: invalid tensor size at index 0", False),
+        ("ProcessGroupNCCL is only supported with GPUs, no GPUs found!", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_a_lost_rank_is_told_from_a_mistake_of_ours(text: str, lost: bool) -> None:
+    assert bool(LOST.search(text)) == lost
 
 
 def test_any_part_of_a_model_comes_to_the_first_rank(tmp_path: Path) -> None:
@@ -155,6 +198,9 @@ def test_degrees_follow_from_ranks_and_experts(
         ({"layout": "E+Z", "zero": 0}, "zero=0 with layout=E.Z: choose layout=E,"),
         ({"layout": "E+D", "zero": 2}, "zero=2 with layout=E.D: choose layout=E.D.Z,"),
         ({"dp_replicate": 2}, "dp_replicate=2 with zero=0"),
+        ({"offload": "foo"}, "offload=foo: choose one of none, optimizer, experts, all"),
+        ({"offload": "all", "offload_to": "foo"}, "offload_to=foo: choose one of cpu, disk"),
+        ({"recompute": "foo"}, "recompute=foo: choose one of none, experts, block"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], message: str) -> None:

@@ -303,3 +303,9 @@ def test_defaults_are_those_of_a_file_that_sets_nothing_else(tmp_path: Path) -> 
     assert {name: value for name, value in flat.items() if name in known and name not in required} == {
         name: value for name, value in known.items() if name not in required
     }
+
+
+@pytest.mark.parametrize("name", ["dtype", "param_dtype", "masters", "moments", "device", "schedule"])
+def test_names_that_there_are_not_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}=float8: choose one of "):
+        TrainConfig(steps=1, batch_size=1, **{name: "float8"})

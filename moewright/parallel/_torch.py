@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Final
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.distributed_c10d import GroupName
+from torch.distributed.distributed_c10d import GroupName, _set_pg_timeout
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -49,6 +50,12 @@ def group_name(argument: Any) -> str | None:
     if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
         return str(dist.ProcessGroup.unbox(argument).group_name)
     return None
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """How long collectives of a group wait from now on; `init_device_mesh` cannot be told."""
+    if dist.get_backend(group) != "fake":
+        _set_pg_timeout(timeout, group)
 
 
 def group_size(name: str) -> int:

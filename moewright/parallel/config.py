@@ -3,12 +3,22 @@
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from moewright.errors import UsageError
 
+Offloaded = Literal["none", "optimizer", "experts", "all"]
+Outside = Literal["cpu", "disk"]
+Recomputed = Literal["none", "experts", "block"]
+
 LAYOUTS: Final = {"E": 0, "E+D": 0, "E+Z": 2, "E+D+M": 0, "E+D+Z": 2, "E+Z-Off+M": 2}
 """The layouts of the paper (arXiv 2109.10465), with the ZeRO stage that each has by default."""
+
+
+def require_choice(name: str, value: object, kind: object) -> None:
+    """UsageError unless the value of a setting is one of a `Literal`."""
+    if value not in get_args(kind):
+        raise UsageError(f"{name}={value}: choose one of {', '.join(map(str, get_args(kind)))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +48,17 @@ class ParallelConfig:
     zero: int | None = None
     """ZeRO stage: 0 shards nothing, 1 optimiser states, 2 gradients too, 3 parameters too; by default 2 with +Z."""
 
-    offload: Literal["none", "optimizer", "experts", "all"] | None = None
+    offload: Offloaded | None = None
     """What is kept outside of the device: optimiser states; or of the experts, or of all, weights and gradients too; by
     default none, and with E+Z-Off+M optimizer."""
 
-    offload_to: Literal["cpu", "disk"] = "cpu"
+    offload_to: Outside = "cpu"
     """Where: in the host's memory, or in files in `offload_folder`."""
 
     offload_folder: str = ""
     """For disk: a folder, best on a fast disk of each machine's own; it needs room and holds nothing afterwards."""
 
-    recompute: Literal["none", "experts", "block"] = "none"
+    recompute: Recomputed = "none"
     """What the backward pass computes again instead of keeping it: the experts' hidden states, or all of each block."""
 
     def __post_init__(self) -> None:
@@ -59,6 +69,10 @@ class ParallelConfig:
                 raise UsageError(f"{name}={value}: it must be at least 1")
         if self.zero not in (None, 0, 1, 2, 3):
             raise UsageError(f"zero={self.zero}: choose one of 0, 1, 2, 3")
+        if self.offload is not None:
+            require_choice("offload", self.offload, Offloaded)
+        require_choice("offload_to", self.offload_to, Outside)
+        require_choice("recompute", self.recompute, Recomputed)
         if self.offload_to == "disk" and not self.offload_folder:
             raise UsageError("offload_to=disk without offload_folder: name a folder with room for it")
         if self.offload_folder and self.offload_to != "disk":
@@ -97,7 +111,7 @@ class ParallelConfig:
         return LAYOUTS[self.layout or "E+D"] if self.zero is None else self.zero
 
     @property
-    def offloaded(self) -> Literal["none", "optimizer", "experts", "all"]:
+    def offloaded(self) -> Offloaded:
         """What is kept outside of the device."""
         return self.offload or ("optimizer" if self.layout == "E+Z-Off+M" else "none")
 

@@ -7,7 +7,9 @@ from torch import distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moewright.parallel._torch import set_timeout
 from moewright.parallel.config import Degrees
+from moewright.parallel.ranks import TIMEOUT
 
 MOST: Final = 8
 """How many columns and lines a table of ranks has at most."""
@@ -27,7 +29,10 @@ class Meshes:
 
 
 def make_meshes(degrees: Degrees, *, device_type: str) -> Meshes:
-    """The meshes over all ranks of the process group, which must be `degrees.ranks`; every rank must call it."""
+    """The meshes over all ranks of the process group, which must be `degrees.ranks`; every rank must call it.
+
+    Their collectives wait for `ranks.TIMEOUT`, also where that of the process group is another.
+    """
     dense = init_device_mesh(
         device_type,
         (degrees.dp_replicate, degrees.fsdp, degrees.tp),
@@ -38,8 +43,11 @@ def make_meshes(degrees: Degrees, *, device_type: str) -> Meshes:
         (degrees.expert_replicate, degrees.expert_fsdp, degrees.ep, degrees.etp),
         mesh_dim_names=("replicate", "shard", "ep", "etp"),
     )
+    for group in (*dense.get_all_groups(), *experts.get_all_groups()):
+        if group is not dist.group.WORLD:  # which may be the caller's
+            set_timeout(group, TIMEOUT)
     if degrees.etp > 1:
-        travel, _ = dist.new_subgroups(group_size=degrees.ep * degrees.etp)
+        travel, _ = dist.new_subgroups(group_size=degrees.ep * degrees.etp, timeout=TIMEOUT)
     else:
         travel = experts.get_group("ep")
     return Meshes(degrees=degrees, dense=dense, experts=experts, travel=travel)

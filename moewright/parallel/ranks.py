@@ -20,8 +20,11 @@ TIMEOUT: Final = timedelta(minutes=30)
 CPU: Final = torch.device("cpu")
 ErrorT = TypeVar("ErrorT", bound=MoewrightError)
 
-LOST: Final = re.compile(r"(?i)gloo|nccl|connection (closed|reset)|timed? ?out")
-"""What an error of a collective says when another rank has gone."""
+LOST: Final = re.compile(
+    r"(?i)(connection|socket) (was )?(likely |unexpectedly )?(closed|reset)|closed the connection|broken pipe"
+    r"|remote process exit|communicator was aborted|pair closure|timed out|(operation|socket|wait) timeout"
+)
+"""What an error of a collective, of gloo, NCCL or the store, says when another rank has gone or waits elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,13 @@ from moewright.data.config import DataConfig
 from moewright.errors import UsageError
 from moewright.moe.config import MoESettings
 from moewright.optim.schedule import Schedule, learning_rate
-from moewright.parallel.config import ParallelConfig
+from moewright.parallel.config import ParallelConfig, Recomputed, require_choice
 from moewright.upcycle.config import UpcycleConfig
+
+Dtype = Literal["bfloat16", "float32"]
+Masters = Literal["float32", "stochastic"]
+Moments = Literal["float32", "bfloat16", "int8"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +55,16 @@ class TrainConfig:
     decay_steps: int = 0
     """Steps of the decay at the end; for the schedule wsd only."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Precision of activations; logits and losses are float32 either way."""
 
-    param_dtype: Literal["bfloat16", "float32"] = "float32"
+    param_dtype: Dtype = "float32"
     """Precision of the parameters; bfloat16 goes with `dtype` bfloat16 only."""
 
-    masters: Literal["float32", "stochastic"] = "float32"
+    masters: Masters = "float32"
     """How bfloat16 parameters are moved: by way of float32 copies, or with rounding up or down by chance."""
 
-    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    moments: Moments = "float32"
     """Precision of AdamW's two moments; int8 has a scale for each block of 256 values."""
 
     loss_chunk_tokens: int = 1024
@@ -83,7 +88,7 @@ class TrainConfig:
     seed: int = 0
     """Fixes the order of the data, the held-out documents, and every random number of the run."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to train; auto takes a GPU when there is one."""
 
     eval_every: int = 0
@@ -105,6 +110,9 @@ class TrainConfig:
         for name in ("steps", "micro_batch_size", "keep_checkpoints", "batch_size", "batch_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)}: it must be at least 1")
+        kinds = {"dtype": Dtype, "param_dtype": Dtype, "masters": Masters, "moments": Moments, "device": Device}
+        for name, kind in (kinds | {"schedule": Schedule}).items():
+            require_choice(name, getattr(self, name), kind)
         if self.param_dtype == "bfloat16" and self.dtype != "bfloat16":
             raise UsageError(f"param_dtype=bfloat16 with dtype={self.dtype}: set dtype=bfloat16, or leave it out")
         amounts = ("weight_decay", "clip_norm", "router_learning_rate_ratio", "learning_rate")
@@ -199,7 +207,7 @@ class RunConfig:
             raise UsageError(f"out={self.out} is, holds or lies in the model's folder {self.model}: name another one")
 
     @property
-    def recompute(self) -> Literal["none", "experts", "block"]:
+    def recompute(self) -> Recomputed:
         """What is computed again in the backward pass, under either name."""
         asked = self.parallel.recompute if self.parallel else "none"
         return "block" if self.train.gradient_checkpointing else asked
