@@ -1,5 +1,6 @@
 """What lies elsewhere or is computed again on several ranks: the gradients and updates of one process."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from experiments import parity
+from moewright.backbone.blocks import moe_layers
+from moewright.errors import UsageError
 from moewright.moe.config import MoESettings
 from moewright.optim.adamw import Precision, make_optimizer, update
-from moewright.parallel import memory
+from moewright.parallel import memory, offload
 from moewright.parallel._torch import part_elsewhere
 from moewright.parallel.apply import apply
 from moewright.parallel.config import Degrees, ParallelConfig
@@ -43,10 +46,10 @@ def files_hold_the_model(rank: int, *, folder: str) -> None:
     settings = ParallelConfig(offload="all", offload_to="disk", offload_folder=folder)
     degrees = Degrees(ranks=2, zero=2)
     model = parity.sparse_model(parity.Case(), torch.float32)
-    offload = offload_of(settings, torch.device("cpu"))
-    apply(model, parity.meshes(degrees), offload=offload)
-    offload.put(model)
-    optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.95), places_of=offload.places_of(model))
+    outside = offload_of(settings, torch.device("cpu"))
+    apply(model, parity.meshes(degrees), offload=outside)
+    outside.put(model)
+    optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.95), places_of=outside.places_of(model))
     for step in range(2):
         parts, targets = parity.dealt(parity.Case(), 2, step=step)
         parity.backward(model, parts[rank], targets, parity.Parallel(degrees=degrees), 0)
@@ -127,3 +130,34 @@ def test_two_ranks(tmp_path: Path) -> None:
 def test_all_layouts(tmp_path: Path, ranks: int) -> None:
     dtypes = [torch.float64, torch.float32]
     on_ranks(partial(gradients_equal_one_process, ranks=ranks, dtypes=dtypes, every=1), tmp_path, ranks=ranks)
+
+
+def test_files_are_read_ahead_where_the_weights_are_by_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fully_shard` may replace the parts of parameters before the first pass."""
+    expected: list[int] = []
+    monkeypatch.setattr(offload, "expect", lambda tensors: expected.extend(tensor.data_ptr() for tensor in tensors))
+    model = parity.sparse_model(parity.Case(), torch.float32)
+    outside = offload_of(
+        ParallelConfig(offload="experts", offload_to="disk", offload_folder=str(tmp_path)), torch.device("cpu")
+    )
+    outside.put(model)
+    outside.bring_ahead(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    first, *others = [[p.data_ptr() for p in layer.experts.parameters()] for layer in moe_layers(model).values()]
+    model(torch.ones(1, 4, dtype=torch.int64)).logits.sum().backward()
+    assert expected
+    assert set(expected) == {*first, *(pointer for other in others for pointer in other)}
+
+
+def test_gradients_that_torch_does_not_wait_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, weights = torch.device("cuda"), ParallelConfig(offload="experts")
+    for version, refused in (("2.13.0+cu130", False), ("2.14.1", False), ("2.12.1", True), ("2.11.0+cu128", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        offload_of(ParallelConfig(offload="optimizer"), gpu)
+        offload_of(weights, torch.device("cpu"))
+        if not refused:
+            assert offload_of(weights, gpu).weights
+            continue
+        with pytest.raises(UsageError, match=rf"^offload=experts with torch {re.escape(version)} on a GPU: gradients"):
+            offload_of(weights, gpu)

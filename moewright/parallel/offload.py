@@ -19,9 +19,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 from transformers import PreTrainedModel
 
 from moewright.backbone.blocks import moe_layers
+from moewright.errors import UsageError
 from moewright.family.table import family_of
 from moewright.parallel.config import ParallelConfig
 from moewright.parallel.experts import local_part
@@ -101,35 +103,51 @@ class Offload:
         modules: list[nn.Module] = [layer.experts for layer in moe_layers(model).values()]
         if self.what == "all":
             modules = [model.get_submodule(place.layer) for place in family_of(model.config).places(model.config)]
-        # The local parts, which stay: during a pass the modules hold whole parameters.
-        parts = [[local_part(parameter.detach()) for parameter in module.parameters()] for module in modules]
-        for (module, mine), (following, its) in pairwise(zip(modules, parts, strict=True)):
+        # These parameters, since during a pass the modules hold whole ones; but not their local parts, which
+        # `fully_shard` may replace before the first pass, to pad or to pin them.
+        divided = [list(module.parameters()) for module in modules]
+        for (module, mine), (following, its) in pairwise(zip(modules, divided, strict=True)):
             module.register_forward_pre_hook(_expecting(its))
             following.register_forward_hook(_expecting_in_backward(mine))
 
 
-def _expecting(tensors: Sequence[Tensor]) -> Callable[[nn.Module, Any], None]:
+def _expecting(parameters: Sequence[nn.Parameter]) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
-        expect(tensors)
+        expect(map(_here, parameters))
 
     return hook
 
 
-def _expecting_in_backward(tensors: Sequence[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+def _expecting_in_backward(parameters: Sequence[nn.Parameter]) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: expect(tensors))
+            output.register_hook(lambda gradient: expect(map(_here, parameters)))
 
     return hook
+
+
+def _here(parameter: nn.Parameter) -> Tensor:
+    return local_part(parameter.detach())
 
 
 def offload_of(config: ParallelConfig, device: torch.device) -> Offload:
-    """What the settings say for a run on this device."""
+    """What the settings say for a run on this device.
+
+    Raises UsageError for weights in the memory of a GPU's host with a torch before 2.13.
+    """
     if config.offloaded == "none" or (config.offload_to == "cpu" and device.type == "cpu"):
         return Offload()
     if config.offload_to == "disk":
         return Offload(what=config.offloaded, memory=MappedFiles(Path(config.offload_folder)))
-    return Offload(what=config.offloaded, memory=DeviceMemory(HOST, pinned=True))
+    offload = Offload(what=config.offloaded, memory=DeviceMemory(HOST, pinned=True))
+    # FSDP2 copies gradients to pinned memory while the CPU goes on. That it waits for a copy before a hook reads it is
+    # certain from 2.13 on (pytorch pull request 180666); before, gradients may silently be wrong.
+    if offload.weights and TorchVersion(torch.__version__) < (2, 13):
+        raise UsageError(
+            f"offload={offload.what} with torch {torch.__version__} on a GPU: gradients may be read before they have "
+            "come to the host; install torch 2.13, or set offload_to=disk or offload=optimizer"
+        )
+    return offload
 
 
 def ranks_here(ranks: int) -> int:

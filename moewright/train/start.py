@@ -150,8 +150,8 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
             widths=[layer.expert_size for layer in layers],
             sliced=sliced,
         )
-    settings = config.parallel or ParallelConfig()
-    offload = offload_of(settings, ranks.device)
+        settings = config.parallel or ParallelConfig()
+        offload = offload_of(settings, ranks.device)
     if settings.offloaded != "none" and offload.memory is None:
         warnings.warn(
             f"parallel.offload = {settings.offloaded} is ignored: on a CPU the host's memory is the device's; "
