@@ -324,7 +324,9 @@ def ends_in_a_step(trained: Trained) -> None:
         saver.save(trained.position)
         if saver.ranks.rank == 1:
             raise ResourceError("the disk is full")
-        assert saver.ranks.gathered([10]) == [[10], [11]], "a collective of the step, which the other rank must not meet"
+        assert saver.ranks.gathered([10]) == [[10], [11]], (
+            "a collective of the step, which the other rank must not meet"
+        )
         raise KeyError
 
 
@@ -456,12 +458,17 @@ def test_a_stop_keeps_the_state_on_its_way(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(saving, "write_rank", slow)
     trained.step()
-    with pytest.raises(KeyboardInterrupt), trained.saver as saver:
+    with pytest.raises(KeyboardInterrupt):
+        stops_while_it_writes(trained, begun)
+    assert newest_state(tmp_path)[0] == tmp_path / "step-00000001"
+
+
+def stops_while_it_writes(trained: Trained, begun: threading.Event) -> None:
+    with trained.saver as saver:
         saver.save(trained.position)
         trained.step()
         threading.Timer(0.5, begun.set).start()
         saver.save(trained.position, now=True)
-    assert newest_state(tmp_path)[0] == tmp_path / "step-00000001"
 
 
 def test_a_run_on_a_cpu_leaves_gpus_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

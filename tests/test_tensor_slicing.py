@@ -30,8 +30,8 @@ from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import Meshes, make_meshes
 from moewright.parallel.parts import boxes_of, on_first_rank, with_part
 from moewright.parallel.ranks import Ranks
+from moewright.parallel.recompute import recompute
 from moewright.parallel.tensor import STYLES, plan_of, sliced_sizes
-from moewright.train.start import recompute_blocks
 from tests.models import tiny_config, tiny_model
 from tests.ranks import expected_part, on_ranks
 
@@ -101,7 +101,7 @@ def model_of(case: str, dtype: torch.dtype) -> PreTrainedModel:
         torch.manual_seed(1)
         graft(model, {layer: MoEConfig(**MOE | settings) for layer, settings in layers.items()})
     if "recomputed" in case:
-        recompute_blocks(model)
+        recompute(model, "block")
         model.train()
     return model.to(dtype)
 

@@ -152,46 +152,49 @@ class AllToAllExchange:
         return combine(functional.pad(y_ND, (0, 0, 0, missing)), weights_TK, permutation)
 
 
-class _Share(torch.autograd.Function):
-    """(T, ...) -> (t, ...): this rank's share of what all have; its gradient is put together from theirs."""
+class Share(torch.autograd.Function):
+    """This rank's share along a dim of what all have; its gradient is put together from theirs."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.tokens, ctx.group = len(whole), group
-        return whole[_share(len(whole), group)]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _gathered(gradient, ctx.tokens, ctx.group), None
-
-
-class _Gather(torch.autograd.Function):
-    """(t, ...) -> (T, ...): what all shares make up; all ranks have the same gradient, and each takes its share."""
-
-    @staticmethod
-    def forward(ctx: Any, share: Tensor, tokens: int, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gathered(share, tokens, group)
+    def forward(ctx: Any, whole: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.size, ctx.dim, ctx.group = whole.shape[dim], dim, group
+        return _share(whole, dim, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient[_share(len(gradient), ctx.group)], None, None
+        return _gathered(gradient, ctx.size, ctx.dim, ctx.group), None, None
 
 
-def _share(tokens: int, group: ProcessGroup) -> slice:
-    each = -(-tokens // group.size())
-    return slice(each * group.rank(), each * (group.rank() + 1))
+class Gather(torch.autograd.Function):
+    """What all shares make up, `size` along a dim; all ranks have the same gradient, and each takes its share."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, size: int, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _gathered(share, size, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _share(gradient, ctx.dim, ctx.group), None, None, None
 
 
-def _gathered(share: Tensor, tokens: int, group: ProcessGroup) -> Tensor:
-    """Shares are equally large but for the last ones, so that padding stands at the end."""
-    if not tokens:
+def _share(whole: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Shares are as DTensor makes them: equally large, but for the last ones."""
+    size = whole.shape[dim]
+    each = -(-size // group.size())
+    first = min(each * group.rank(), size)
+    return whole.narrow(dim, first, min(each, size - first)).contiguous()
+
+
+def _gathered(share: Tensor, size: int, dim: int, group: ProcessGroup) -> Tensor:
+    if not size:
         return share.clone()
-    each = -(-tokens // group.size())
-    padded = torch.cat([share, share.new_zeros(each - len(share), *share.shape[1:])])
+    missing = list(share.shape)
+    missing[dim] = -(-size // group.size()) - share.shape[dim]
+    padded = torch.cat([share, share.new_zeros(missing)], dim).contiguous()
     shares = [torch.empty_like(padded) for _ in range(group.size())]
     dist.all_gather(shares, padded, group=group)
-    return torch.cat(shares)[:tokens]
+    return torch.cat(shares, dim).narrow(dim, 0, size).contiguous()  # all padding stands at the end
 
 
 class SharedTokens:
@@ -205,10 +208,11 @@ class SharedTokens:
         self.exchange, self.group = exchange, group
 
     def send(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None) -> Delivery:
-        mine = _share(len(x_TD), self.group)
-        x_tD: Tensor = _Share.apply(x_TD, self.group)  # type: ignore[no-untyped-call]
-        weights_tK: Tensor = _Share.apply(weights_TK, self.group)  # type: ignore[no-untyped-call]
-        delivery = self.exchange.send(x_tD, experts_TK[mine], weights_tK, None if kept_TK is None else kept_TK[mine])
+        x_tD: Tensor = Share.apply(x_TD, 0, self.group)  # type: ignore[no-untyped-call]
+        weights_tK: Tensor = Share.apply(weights_TK, 0, self.group)  # type: ignore[no-untyped-call]
+        experts_tK = _share(experts_TK, 0, self.group)
+        kept_tK = None if kept_TK is None else _share(kept_TK, 0, self.group)
+        delivery = self.exchange.send(x_tD, experts_tK, weights_tK, kept_tK)
         return delivery._replace(ticket=(len(x_TD), delivery.ticket))
 
     def arrive(self, delivery: Delivery) -> Delivery:
@@ -218,5 +222,5 @@ class SharedTokens:
     def receive(self, ticket: tuple[int, Any], y_RD: Tensor) -> Tensor:
         tokens, inner = ticket
         y_tD = self.exchange.receive(inner, y_RD)
-        y_TD: Tensor = _Gather.apply(y_tD, tokens, self.group)  # type: ignore[no-untyped-call]
+        y_TD: Tensor = Gather.apply(y_tD, tokens, 0, self.group)  # type: ignore[no-untyped-call]
         return y_TD

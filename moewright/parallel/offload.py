@@ -142,7 +142,7 @@ def offload_of(config: ParallelConfig, device: torch.device) -> Offload:
     offload = Offload(what=config.offloaded, memory=DeviceMemory(HOST, pinned=True))
     # FSDP2 copies gradients to pinned memory while the CPU goes on. That it waits for a copy before a hook reads it is
     # certain from 2.13 on (pytorch pull request 180666); before, gradients may silently be wrong.
-    if offload.weights and TorchVersion(torch.__version__) < (2, 13):
+    if offload.weights and TorchVersion(torch.__version__) < "2.13":
         raise UsageError(
             f"offload={offload.what} with torch {torch.__version__} on a GPU: gradients may be read before they have "
             "come to the host; install torch 2.13, or set offload_to=disk or offload=optimizer"

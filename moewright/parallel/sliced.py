@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional
 
+from moewright.parallel.exchange import Gather, Share
 from moewright.parallel.experts import local_part
 from moewright.parallel.parts import boxes_of
 
@@ -51,14 +51,6 @@ class Axis:
         dist.all_reduce(total, group=self.mesh.get_group())
         return total
 
-    def gathered(self, part: Tensor, size: int) -> Tensor:
-        """All parts along the last dim, `size` in all: each rank has as many as the first, those at the end fewer."""
-        most = -(-size // self.mesh.size())
-        part = functional.pad(part, (0, most - part.shape[-1])).contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.mesh.size())]
-        dist.all_gather(parts, part, group=self.mesh.get_group())
-        return torch.cat([part[..., : max(0, size - most * rank)] for rank, part in enumerate(parts)], dim=-1)
-
 
 class _Enter(torch.autograd.Function):
     @staticmethod
@@ -80,28 +72,6 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, axis: Axis, mine: slice, size: int) -> Tensor:
-        ctx.mine = mine
-        return axis.gathered(part, size)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return gradient[..., ctx.mine].contiguous(), None, None, None
-
-
-class _OwnPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, mine: slice) -> Tensor:
-        ctx.axis, ctx.size = axis, x.shape[-1]
-        return x[..., mine].contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.axis.gathered(gradient, ctx.size), None, None
 
 
 class Sliced(nn.Module):
@@ -148,7 +118,8 @@ class GatheredColumns(Columns):
 
     def forward(self, x: Tensor) -> Tensor:
         size = len(self.get_parameter("weight"))
-        y: Tensor = _Gather.apply(super().forward(x), self.axis, self.mine(0), size)  # type: ignore[no-untyped-call]
+        group = self.axis.mesh.get_group()
+        y: Tensor = Gather.apply(super().forward(x), size, -1, group)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -166,7 +137,7 @@ class SplittingRows(Rows):
     """The same, reading what is whole."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_OwnPart.apply(x, self.axis, self.mine(1)))  # type: ignore[no-untyped-call]
+        return super().forward(Share.apply(x, -1, self.axis.mesh.get_group()))  # type: ignore[no-untyped-call]
 
 
 class Entries(Sliced):
