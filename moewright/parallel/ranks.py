@@ -177,10 +177,12 @@ def joined(device: torch.device, *, alone: bool = False) -> Iterator[Ranks]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise UsageError(
+            lacking = UsageError(
                 f"rank {local} of this machine has no GPU, there are {torch.cuda.device_count()}: "
                 "start as many ranks, or set train.device = cpu"
             )
+            lacking.told = local > torch.cuda.device_count()  # the first without one tells
+            raise lacking
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
     if dist.is_initialized():
