@@ -13,7 +13,7 @@ LAYOUTS: Final = {"E": 0, "E+D": 0, "E+Z": 2, "E+D+M": 0, "E+D+Z": 2, "E+Z-Off+M
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The `[parallel]` table: how a run is divided among its ranks, E+D without it, and what it keeps where."""
+    """The `[parallel]` table: how a run is divided among its ranks, and what it keeps where."""
 
     layout: str | None = None
     """E (experts over all ranks), E+D (over some, and copies of these), E+Z and E+D+Z (the same, with ZeRO), E+D+M (E+D
