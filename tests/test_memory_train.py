@@ -99,6 +99,34 @@ def test_a_run_goes_on_in_another_precision_and_to_the_bit_in_its_own(tmp_path: 
         assert ours["loss"] == pytest.approx(right["loss"], rel=0.01)
 
 
+LOW = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("what", ["optimizer", "experts", "all"])
+@pytest.mark.parametrize(
+    "precision",
+    [{"moments": "int8"}, LOW, LOW | {"moments": "int8"}, LOW | {"masters": "stochastic", "moments": "bfloat16"}],
+    ids=lambda p: "-".join(p.values()),
+)
+def test_the_room_that_is_asked_for_is_that_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, precision: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(memory, "SMALLEST", 1)
+    empty, made, asked = memory.MappedFiles.empty, list[int](), list[int]()
+
+    def spy(self: memory.MappedFiles, *args: Any) -> torch.Tensor:
+        tensor = empty(self, *args)
+        made.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(memory.MappedFiles, "empty", spy)
+    monkeypatch.setattr(memory.MappedFiles, "require_space", lambda self, needed: asked.append(needed))
+    config = make(tmp_path, on_disk(tmp_path, what), steps=1, data={"eval_fraction": 0.0}, **precision)
+    (tmp_path / "fast disk").mkdir()
+    train(config)
+    assert asked == [sum(made)]
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_moments_of_8_bits_are_saved_piece_by_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool

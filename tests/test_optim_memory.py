@@ -22,6 +22,7 @@ from moewright.optim.adamw import (
     update,
 )
 from moewright.optim.blockwise import BLOCK, Blockwise
+from moewright.optim.gradients import KeptGradients
 from moewright.optim.rounding import generator_of, rounded
 from moewright.parallel import memory
 from moewright.parallel.gradients import clip_gradients
@@ -256,3 +257,47 @@ def test_norm_and_clipping_are_computed_in_float32(dtype: torch.dtype) -> None:
         for one, value in zip(found, values, strict=True):
             right = (value.double() * limit / norm).to(dtype) if limit else value
             torch.testing.assert_close(one, right, rtol=1e-5, atol=0)
+
+
+class Host:
+    """Host memory that is another device than that of gradients, by its number, also on a machine without a GPU."""
+
+    device = torch.device("cpu", 0)
+    lasting = True
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        return torch.full(tuple(shape), torch.nan, dtype=dtype)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_no_gradient_for_another_device_is_lost(monkeypatch: pytest.MonkeyPatch, said: bool) -> None:
+    """Whether the last micro-batch is announced or not, and whichever of them has a parameter's gradient."""
+    monkeypatch.setattr(KeptGradients, "_send", lambda self, gradient, to: to.copy_(gradient))
+    model, plain = Model(), Model()
+    ours, right = optimizer_for(model, Places(states=Host(), gradients=Host())), optimizer_for(plain)
+    for _ in range(2):
+        for optimizer, m in ((ours, model), (right, plain)):
+            for number, used in enumerate([("weight", "bias"), ("weight", "table"), ("weight",)]):
+                if said:
+                    begin_backward(optimizer, last=number == 2)
+                sum((number + 1) * m.get_parameter(name).pow(3).sum() for name in used).backward()
+        found, expected = (gradients(m.parameters(), o) for m, o in ((model, ours), (plain, right)))
+        assert len(found) == len(expected) == 3
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        for optimizer in (ours, right):
+            update(optimizer, learning_rate=1e-2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_room_outside_follows_from_where_the_parameter_is() -> None:
+    places = Places(states=MappedFiles(Path("x")))
+    for dtype, precision, each in (
+        (torch.float32, Precision(), (8, 16)),
+        (torch.bfloat16, Precision(), (16, 16)),
+        (torch.bfloat16, Precision(masters="stochastic", moments="bfloat16"), (4, 8)),
+    ):
+        for device, expected in zip(("cpu", "cuda"), each, strict=True):
+            assert precision.bytes_outside(10, dtype, device=torch.device(device), places=places) == 10 * expected

@@ -42,6 +42,30 @@ class Precision:
         wide = {"float32": torch.promote_types(stored, torch.float32).itemsize, "bfloat16": 2, "int8": 1 + 4 / BLOCK}
         return 2 * wide[self.moments] + (stored.itemsize if elsewhere or stored != dtype else 0)
 
+    def has_master(self, dtype: torch.dtype, *, device: torch.device, places: Places) -> bool:
+        """Whether a copy is moved in the place of a parameter on this device: of another dtype, or elsewhere."""
+        return _elsewhere(places, device) or self.stored_dtype(dtype) != dtype
+
+    def gradient_memory(self, dtype: torch.dtype, *, device: torch.device, places: Places) -> Memory | None:
+        """Where the gradient of such a parameter is kept for the update; None: it stays where autograd leaves it."""
+        if places.gradients is None and self.has_master(dtype, device=device, places=places):
+            return places.states or DeviceMemory(device)
+        return places.gradients
+
+    def bytes_outside(self, values: int, dtype: torch.dtype, *, device: torch.device, places: Places) -> int:
+        """Bytes of a parameter's moments, master and gradient in the memory of `places`, which has one for states."""
+        assert places.states is not None
+        total = values * self.state_bytes(dtype, elsewhere=_elsewhere(places, device))
+        if self.moments == "int8":
+            total += 2 * 4 * (-values % BLOCK) / BLOCK  # scales of blocks that are not full
+        if self.gradient_memory(dtype, device=device, places=places) is not None:
+            total += values * self.stored_dtype(dtype).itemsize
+        return round(total)
+
+
+def _elsewhere(places: Places, device: torch.device) -> bool:
+    return places.states is not None and places.states.device.type != device.type
+
 
 Group = dict[str, Any]
 
@@ -67,9 +91,7 @@ class AdamW(torch.optim.AdamW):
         self._places = {p: places_of(p) for group in self.param_groups for p in group["params"]}
         self._numbers = {p: number for number, p in enumerate(self._places)}
         for parameter, places in self._places.items():
-            memory = places.gradients
-            if memory is None and self._has_master(parameter):
-                memory = places.states or DeviceMemory(parameter.device)
+            memory = self.precision.gradient_memory(parameter.dtype, device=parameter.device, places=places)
             if memory is not None:
                 self.gradients.keep(parameter, memory, self._stored_dtype(parameter))
 
@@ -77,9 +99,8 @@ class AdamW(torch.optim.AdamW):
         return self.precision.stored_dtype(parameter.dtype)
 
     def _has_master(self, parameter: nn.Parameter) -> bool:
-        states = self._places[parameter].states
-        elsewhere = states is not None and states.device.type != parameter.device.type
-        return elsewhere or self._stored_dtype(parameter) != parameter.dtype
+        places = self._places[parameter]
+        return self.precision.has_master(parameter.dtype, device=parameter.device, places=places)
 
     def master_of(self, parameter: nn.Parameter) -> Tensor | None:
         """What is moved in a parameter's place, divided as it is; made if need be. None: the parameter itself."""
