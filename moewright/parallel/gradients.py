@@ -57,7 +57,8 @@ def _dtype(gradient: Tensor) -> torch.dtype:
 
 
 def _norm(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient, dtype=_dtype(gradient))
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=_dtype(gradient))
+    return norm
 
 
 def _scale(gradient: Tensor, factor: Tensor) -> None:
