@@ -23,7 +23,7 @@ from moewright.errors import CheckpointError, MoewrightError, Preempted, Resourc
 from moewright.moe.config import MoESettings
 from moewright.optim.adamw import make_optimizer, moments, update
 from moewright.parallel.apply import Parallel
-from moewright.parallel.config import ParallelConfig
+from moewright.parallel.config import Degrees, ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.ranks import Ranks
 from moewright.train import saving
@@ -168,7 +168,7 @@ class Trained:
             model=self.model,
             optimizer=self.optimizer,
             identity={"train.steps": 3},
-            parallel=Parallel(ranks=Ranks(rank=rank, size=ranks)),
+            parallel=Parallel(ranks=Ranks(rank=rank, size=ranks), degrees=Degrees(ranks=ranks, dp_replicate=ranks)),
             seed=0,
             keep=keep,
             background=background,

@@ -31,8 +31,8 @@ from moewright.errors import UsageError, settings_written
 from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
 from moewright.optim.adamw import AdamW, Precision, make_optimizer
-from moewright.parallel.apply import ALONE, Parallel, apply
-from moewright.parallel.config import ParallelConfig, resolve
+from moewright.parallel.apply import ALONE, Parallel, apply, degrees_for
+from moewright.parallel.config import Degrees, ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.memory import MappedFiles
 from moewright.parallel.mesh import make_meshes, table
@@ -141,16 +141,7 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
     Raises UsageError for degrees that do not fit the ranks or the experts, and ResourceError for a disk without room
     for what is offloaded to it.
     """
-    layers = list(moe_configs(model).values())
-    experts, sliced = [layer.num_experts for layer in layers], sliced_sizes(model.config, moe_configs(model))
-    with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
-        degrees = resolve(
-            config.parallel,
-            ranks=ranks.size,
-            experts=experts,
-            widths=[layer.expert_size for layer in layers],
-            sliced=sliced,
-        )
+    degrees = degrees_of(config, model, ranks=ranks.size)
     settings = config.parallel or ParallelConfig()
     offload = offload_of(settings, ranks.device)
     if settings.offloaded != "none" and offload.memory is None:
@@ -161,9 +152,10 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
         )
     if ranks.size > 1:
         ranks.meet()  # no rank makes a mesh while another one has failed before
-        note(table(degrees, experts=max(experts, default=0)))
+        layers = moe_configs(model)
+        note(table(degrees, experts=max((layer.num_experts for layer in layers.values()), default=0)))
         if config.parallel is not None and config.parallel.slices and config.parallel.tp is None and degrees.tp == 1:
-            what = ", ".join(f"{size} {name}" for name, size in sliced.items())
+            what = ", ".join(f"{size} {name}" for name, size in sliced_sizes(model.config, layers).items())
             note(f"without tensor slicing: nothing but 1 divides {ranks.size} ranks, {what}")
     if needs_group(config, ranks.device) or ranks.size > 1:
         apply(model, make_meshes(degrees, device_type=ranks.device.type), offload=offload)
@@ -173,6 +165,12 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
                 ranks_here(ranks.size) * _bytes_outside(model, offload, config.train, ranks.device)
             )
     return Parallel(ranks=replace(ranks, tp=degrees.tp), degrees=degrees, offload=offload)
+
+
+def degrees_of(config: RunConfig, model: PreTrainedModel, *, ranks: int) -> Degrees:
+    """The degrees that the run file asks for on so many ranks; UsageError where these do not fit."""
+    with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
+        return degrees_for(model, config.parallel, ranks=ranks)
 
 
 def needs_group(config: RunConfig, device: torch.device) -> bool:
