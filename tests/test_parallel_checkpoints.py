@@ -76,6 +76,7 @@ def goes_on_exactly(rank: int, *, config: RunConfig) -> None:
         here |= {f"optimizer.{name}": tensor for name, tensor in moments(rest["model"], rest["optimizer"]).items()}
         assert here.keys() == {name for name in state.tensors if not name.startswith("random.")}
         for name, tensor in here.items():
+            assert isinstance(tensor, Tensor)
             whole = state.read(name)
             assert torch.equal(local_part(tensor.detach()), expected_part(tensor, whole) if whole.dim() else whole), (
                 name

@@ -33,6 +33,7 @@ from moewright.moe.kernels import kernel_named
 from moewright.optim.adamw import AdamW, Precision, make_optimizer
 from moewright.parallel.apply import ALONE, Parallel, apply, degrees_for
 from moewright.parallel.config import Degrees, ParallelConfig
+from moewright.parallel.experts import local_part
 from moewright.parallel.memory import MappedFiles
 from moewright.parallel.mesh import make_meshes, table
 from moewright.parallel.offload import Offload, offload_of, ranks_here
@@ -160,7 +161,9 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
         apply(model, make_meshes(degrees, device_type=ranks.device.type), offload=offload)
     if isinstance(offload.memory, MappedFiles):
         with settings_written(["offload_folder"], write=lambda name: f"parallel.{name} = "):
-            offload.memory.require_space(ranks_here(ranks.size) * _bytes_outside(model, offload, config.train))
+            offload.memory.require_space(
+                ranks_here(ranks.size) * _bytes_outside(model, offload, config.train, ranks.device)
+            )
     return Parallel(ranks=replace(ranks, tp=degrees.tp), degrees=degrees, offload=offload)
 
 
@@ -192,15 +195,16 @@ def optimizer_of(started: Start, settings: TrainConfig) -> AdamW:
     )
 
 
-def _bytes_outside(model: PreTrainedModel, offload: Offload, settings: TrainConfig) -> int:
-    """What this rank puts outside of the device, at most."""
-    precision, total = precision_of(settings), 0.0
-    for dtype, values in offload.values(model).items():
-        each = precision.state_bytes(dtype, elsewhere=False)
-        if offload.weights:
-            each += dtype.itemsize + precision.stored_dtype(dtype).itemsize
-        total += each * values
-    return math.ceil(total)
+def _bytes_outside(model: PreTrainedModel, offload: Offload, settings: TrainConfig, device: torch.device) -> int:
+    """What this rank puts outside of the device, by the optimiser's own rule; the model may be on meta."""
+    precision, places_of, total = precision_of(settings), offload.places_of(model), 0
+    for parameter in model.parameters():
+        places, values = places_of(parameter), local_part(parameter).numel()
+        if places.states is not None:
+            held_on = places.states.device if offload.weights else device
+            total += precision.bytes_outside(values, parameter.dtype, device=held_on, places=places)
+            total += values * parameter.dtype.itemsize if offload.weights else 0
+    return total
 
 
 def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, Callable[[], Values]]:
