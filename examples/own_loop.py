@@ -8,6 +8,7 @@ docs/own-loop.md.
 """
 
 import argparse
+from dataclasses import replace
 
 import torch
 from torch.nn import functional
@@ -16,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moewright.backbone.blocks import routing_step
 from moewright.backbone.graft import graft
 from moewright.moe.config import MoEConfig
-from moewright.parallel.apply import Parallel, apply
-from moewright.parallel.config import ParallelConfig, resolve
+from moewright.parallel.apply import Parallel, apply, degrees_for
+from moewright.parallel.config import ParallelConfig
 from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.mesh import make_meshes
 from moewright.parallel.ranks import joined
@@ -48,21 +49,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout")
     parser.add_argument("--ep", type=int)
+    parser.add_argument("--tp", type=int)
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
 
     with joined(torch.device("cpu")) as ranks:  # of torchrun, or a process alone; "cuda" joins GPUs
         model = make_model()
-        degrees = resolve(ParallelConfig(layout=options.layout, ep=options.ep), ranks=ranks.size, experts=[8])
+        config = ParallelConfig(layout=options.layout, ep=options.ep, tp=options.tp)
+        degrees = degrees_for(model, config, ranks=ranks.size)
+        ranks = replace(ranks, tp=degrees.tp)  # those of a slice have the same rows
         if ranks.size > 1:
             apply(model, make_meshes(degrees, device_type="cpu"))
         parallel = Parallel(ranks=ranks, degrees=degrees)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # after `apply`, which makes other parameters
-        routing = routing_step(model, ranks.group)
+        routing = routing_step(model, ranks.group, copies=degrees.tp)
 
         for step in range(options.steps):
             ids = batch_of(step)
-            mine = ids.chunk(ranks.size)[ranks.rank]
+            mine = ids.chunk(ranks.data_size)[ranks.data_rank]
             targets = ROWS * (LENGTH - 1)  # of all ranks: gradients are sums over ranks
 
             routing.begin_micro_batch({"decoder": mine.numel() / ids.numel()})

@@ -94,3 +94,19 @@ def test_a_call_before_the_head_leaves_the_model_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         before_head(model, fail, input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=False)
     assert model(input_ids=torch.ones(1, 3, dtype=torch.int64)).logits.shape == (1, 3, 264)
+
+
+def test_chunks_in_bfloat16_scale_gradients_in_float32() -> None:
+    """1 / 3000 in bfloat16 is 0.14% too large, and so would be all gradients below the head."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*size, generator=generator).bfloat16() for size in ((2000, 32), (64, 32)))
+    targets = torch.randint(0, 64, (2000,), generator=generator)
+    exact = x.double().requires_grad_()
+    (functional.cross_entropy(exact @ weight.double().T, targets, reduction="sum") / 3000).backward()
+    inputs = x.clone().requires_grad_()
+    loss = chunked_loss(inputs, weight, None, targets, chunk=512, ignored=IGNORE, logits_of=lambda logits: logits)
+    (loss / 3000).backward()
+    assert inputs.grad is not None
+    assert exact.grad is not None
+    slope = (inputs.grad.double() * exact.grad).sum() / exact.grad.square().sum()
+    assert float(slope) == pytest.approx(1.0, abs=3e-4)

@@ -22,6 +22,7 @@ from moewright.parallel.apply import apply
 from moewright.parallel.config import Degrees, ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.offload import offload_of
+from moewright.parallel.ranks import Ranks
 from moewright.train.config import RunConfig
 from moewright.train.loop import train
 from moewright.upcycle.config import UpcycleConfig
@@ -52,7 +53,9 @@ def files_hold_the_model(rank: int, *, folder: str) -> None:
     optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, 0.95), places_of=outside.places_of(model))
     for step in range(2):
         parts, targets = parity.dealt(parity.Case(), 2, step=step)
-        parity.backward(model, parts[rank], targets, parity.Parallel(degrees=degrees), 0)
+        parity.backward(
+            model, parts[rank], targets, parity.Parallel(ranks=Ranks(rank=rank, size=degrees.ranks), degrees=degrees), 0
+        )
         mapped = _mapped(folder)
         for name, parameter in model.named_parameters():
             gradient = optimizer.gradients.of(parameter)

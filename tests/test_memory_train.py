@@ -19,6 +19,7 @@ import torch
 
 from moewright.checkpoint.read import ModelFolder
 from moewright.errors import Preempted, ResourceError, UsageError
+from moewright.optim.blockwise import BLOCK, Blockwise
 from moewright.parallel import memory
 from moewright.parallel.config import ParallelConfig
 from moewright.train.config import RunConfig
@@ -81,6 +82,13 @@ def test_a_run_goes_on_in_another_precision_and_to_the_bit_in_its_own(tmp_path: 
         assert metrics(stopped) == metrics(whole)
         assert weights(stopped) == weights(whole)
         assert ModelFolder(Path(whole.out) / "final").dtype() == torch.bfloat16
+    # Recomputing blocks under its older name, and back.
+    expected, config = (make(tmp_path, out=out) for out in ("kept", "recomputed"))
+    train(expected)
+    stop_after(replace(config, parallel=ParallelConfig(recompute="block")), 1)
+    stop_after(replace(config, train=replace(config.train, gradient_checkpointing=True)), 3)
+    train(config)
+    assert metrics(config) == metrics(expected)
     # From float32 to bfloat16 with masters and back: the state holds the masters, so nothing is rounded.
     expected, config = (make(tmp_path, out=out, dtype="bfloat16") for out in ("expected", "config"))
     train(expected)
@@ -89,6 +97,48 @@ def test_a_run_goes_on_in_another_precision_and_to_the_bit_in_its_own(tmp_path: 
     train(config)
     for ours, right in zip(metrics(config), metrics(expected), strict=True):
         assert ours["loss"] == pytest.approx(right["loss"], rel=0.01)
+
+
+LOW = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("what", ["optimizer", "experts", "all"])
+@pytest.mark.parametrize(
+    "precision",
+    [{"moments": "int8"}, LOW, LOW | {"moments": "int8"}, LOW | {"masters": "stochastic", "moments": "bfloat16"}],
+    ids=lambda p: "-".join(p.values()),
+)
+def test_the_room_that_is_asked_for_is_that_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, precision: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(memory, "SMALLEST", 1)
+    empty, made, asked = memory.MappedFiles.empty, list[int](), list[int]()
+
+    def spy(self: memory.MappedFiles, *args: Any) -> torch.Tensor:
+        tensor = empty(self, *args)
+        made.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(memory.MappedFiles, "empty", spy)
+    monkeypatch.setattr(memory.MappedFiles, "require_space", lambda self, needed: asked.append(needed))
+    config = make(tmp_path, on_disk(tmp_path, what), steps=1, data={"eval_fraction": 0.0}, **precision)
+    (tmp_path / "fast disk").mkdir()
+    train(config)
+    assert asked == [sum(made)]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_moments_of_8_bits_are_saved_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    settings = {"moments": "int8", "async_checkpoints": background, "checkpoint_every": 1}
+    expected, config = (make(tmp_path, out=out, **settings) for out in ("expected", "config"))
+    monkeypatch.setattr("moewright.optim.blockwise.PIECE", BLOCK)
+    monkeypatch.setattr(Blockwise, "whole", None)
+    train(expected)
+    stop_after(config, 2)
+    train(config)
+    assert weights(config) == weights(expected)
 
 
 def test_chunks_of_the_loss_change_nothing_but_rounding(tmp_path: Path) -> None:

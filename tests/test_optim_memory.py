@@ -22,9 +22,12 @@ from moewright.optim.adamw import (
     update,
 )
 from moewright.optim.blockwise import BLOCK, Blockwise
+from moewright.optim.gradients import KeptGradients
 from moewright.optim.rounding import generator_of, rounded
 from moewright.parallel import memory
+from moewright.parallel.gradients import clip_gradients
 from moewright.parallel.memory import DeviceMemory, MappedFiles, Places, expect
+from moewright.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
 SHAPES = {"weight": (40, 133), "bias": (40,), "table": (3, 10, 64)}
@@ -197,7 +200,7 @@ def test_every_precision_goes_on_to_the_bit(
         for name, parameter in (dict(resumed.named_parameters()) | masters(resumed, second)).items():
             parameter.copy_(weights[name])
     follow_masters(resumed, second)
-    set_moments(resumed, second, {name: tensor.clone() for name, tensor in moments(stopped, first).items()})
+    set_moments(resumed, second, moments(stopped, first).items())
     train(resumed, second, first=2, steps=2)
     exact = Model()
     train(exact, optimizer_for(exact), steps=4)
@@ -207,3 +210,94 @@ def test_every_precision_goes_on_to_the_bit(
         moved = (exact.get_parameter(name) - Model().get_parameter(name)).abs().mean()
         error = (parameter.float() - exact.get_parameter(name)).abs().mean()
         assert error < (0.1 if dtype == torch.float32 else 0.35) * moved, (name, float(error / moved))
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.99])
+def test_moments_of_8_bits_decay_in_the_mean(beta2: float) -> None:
+    """Gradients of one value in each block go on, those of the others end: their moments must go away."""
+    model, steps = nn.Linear(BLOCK, 100, bias=False), 60
+    optimizer = make_optimizer(model, weight_decay=0.0, betas=(0.9, beta2), precision=Precision(moments="int8"))
+    start = torch.tensor([1.0, 0.5, 0.2, 0.02]).repeat(64).expand(100, BLOCK)
+    optimizer.begin()
+    set_moments(
+        model, optimizer, [("exp_avg.weight", start), ("exp_avg_sq.weight", start), ("step.weight", torch.tensor(9.0))]
+    )
+    gradient = torch.zeros(100, BLOCK)
+    gradient[:, 0] = 1.0
+    for _ in range(steps):
+        model.weight.grad = gradient.clone()
+        update(optimizer, learning_rate=0.0)
+    for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", beta2)):
+        found = optimizer.state[model.weight][name].whole()
+        assert torch.equal(found[:, 0], torch.ones(100))
+        for place in (1, 2, 3):
+            right = float(start[0, place]) * beta**steps
+            mean = float(found[:, place::4].double().mean())
+            assert mean == pytest.approx(right, rel=0.1, abs=2e-6), (name, place)
+
+
+def test_rounding_of_blocks_by_chance_has_the_right_mean_and_keeps_codes() -> None:
+    for signed in (True, False):
+        x = torch.tensor([1.0, 0.3, 0.0123, 4.5e-5]).repeat(64 * 1000)
+        x = x * torch.tensor([1.0, -1.0]).repeat(128 * 1000) if signed else x
+        stored = Blockwise.zeros(tuple(x.shape), signed=signed, memory=DeviceMemory(CPU))
+        stored.write(slice(0, len(x)), x, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(stored.whole().view(-1, 4).double().mean(0), x[:4].double(), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norm_and_clipping_are_computed_in_float32(dtype: torch.dtype) -> None:
+    values = [torch.full((101, 33), 0.0103).to(dtype), torch.full((7,), 0.51).to(dtype)]
+    norm = float(torch.cat([value.double().flatten() for value in values]).norm())
+    for limit in (0.0, 0.77):
+        found = [value.clone() for value in values]
+        total, whole = clip_gradients([], max_norm=limit, loss=torch.tensor(2.0), ranks=Ranks(), gradients=found)
+        assert total == 2.0
+        assert whole == pytest.approx(norm, rel=1e-5)
+        for one, value in zip(found, values, strict=True):
+            right = (value.double() * limit / norm).to(dtype) if limit else value
+            torch.testing.assert_close(one, right, rtol=1e-5, atol=0)
+
+
+class Host:
+    """Host memory that is another device than that of gradients, by its number, also on a machine without a GPU."""
+
+    device = torch.device("cpu", 0)
+    lasting = True
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        return torch.full(tuple(shape), torch.nan, dtype=dtype)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_no_gradient_for_another_device_is_lost(monkeypatch: pytest.MonkeyPatch, said: bool) -> None:
+    """Whether the last micro-batch is announced or not, and whichever of them has a parameter's gradient."""
+    monkeypatch.setattr(KeptGradients, "_send", lambda self, gradient, to: to.copy_(gradient))
+    model, plain = Model(), Model()
+    ours, right = optimizer_for(model, Places(states=Host(), gradients=Host())), optimizer_for(plain)
+    for _ in range(2):
+        for optimizer, m in ((ours, model), (right, plain)):
+            for number, used in enumerate([("weight", "bias"), ("weight", "table"), ("weight",)]):
+                if said:
+                    begin_backward(optimizer, last=number == 2)
+                sum((number + 1) * m.get_parameter(name).pow(3).sum() for name in used).backward()
+        found, expected = (gradients(m.parameters(), o) for m, o in ((model, ours), (plain, right)))
+        assert len(found) == len(expected) == 3
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        for optimizer in (ours, right):
+            update(optimizer, learning_rate=1e-2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_room_outside_follows_from_where_the_parameter_is() -> None:
+    places = Places(states=MappedFiles(Path("x")))
+    for dtype, precision, each in (
+        (torch.float32, Precision(), (8, 16)),
+        (torch.bfloat16, Precision(), (16, 16)),
+        (torch.bfloat16, Precision(masters="stochastic", moments="bfloat16"), (4, 8)),
+    ):
+        for device, expected in zip(("cpu", "cuda"), each, strict=True):
+            assert precision.bytes_outside(10, dtype, device=torch.device(device), places=places) == 10 * expected

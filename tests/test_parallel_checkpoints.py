@@ -23,7 +23,7 @@ from moewright.errors import CheckpointError, MoewrightError, Preempted, Resourc
 from moewright.moe.config import MoESettings
 from moewright.optim.adamw import make_optimizer, moments, update
 from moewright.parallel.apply import Parallel
-from moewright.parallel.config import ParallelConfig
+from moewright.parallel.config import Degrees, ParallelConfig
 from moewright.parallel.experts import local_part
 from moewright.parallel.ranks import Ranks
 from moewright.train import generators, saving
@@ -76,6 +76,7 @@ def goes_on_exactly(rank: int, *, config: RunConfig) -> None:
         here |= {f"optimizer.{name}": tensor for name, tensor in moments(rest["model"], rest["optimizer"]).items()}
         assert here.keys() == {name for name in state.tensors if not name.startswith("random.")}
         for name, tensor in here.items():
+            assert isinstance(tensor, Tensor)
             whole = state.read(name)
             assert torch.equal(local_part(tensor.detach()), expected_part(tensor, whole) if whole.dim() else whole), (
                 name
@@ -167,7 +168,7 @@ class Trained:
             model=self.model,
             optimizer=self.optimizer,
             identity={"train.steps": 3},
-            parallel=Parallel(ranks=Ranks(rank=rank, size=ranks)),
+            parallel=Parallel(ranks=Ranks(rank=rank, size=ranks), degrees=Degrees(ranks=ranks, dp_replicate=ranks)),
             seed=0,
             keep=keep,
             background=background,
@@ -196,7 +197,7 @@ class Trained:
         return notes
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: local_part(tensor.detach()).clone() for name, tensor in self.saver._tensors().items()}
+        return {name: local_part(tensor.detach()).clone() for name, tensor in self.saver._tensors()[0].items()}
 
 
 def assert_equal(ours: dict[str, Tensor], right: dict[str, Tensor]) -> None:

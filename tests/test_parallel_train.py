@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moewright.backbone.load import load_model
 from moewright.checkpoint.read import ModelFolder
-from moewright.errors import CheckpointError, Preempted, ResourceError, UsageError
+from moewright.errors import CheckpointError, MoewrightError, Preempted, ResourceError, UsageError
 from moewright.moe.config import MoESettings
 from moewright.parallel.config import ParallelConfig
 from moewright.parallel.experts import local_part
@@ -37,6 +37,7 @@ from tests.ranks import expected_part, on_ranks
 from tests.runs import at_step, evaluations, make_run, metrics, send
 
 SPARSE = UpcycleConfig(experts=4, top_k=2, router_std=0.5)
+E_D = ParallelConfig()
 E_D_Z = ParallelConfig(layout="E+D+Z", ep=1, zero=3)
 E_Z = ParallelConfig(layout="E+Z", zero=1)
 E_D_M = ParallelConfig(layout="E+D+M", tp=2)
@@ -45,7 +46,7 @@ GLOBAL = MoESettings(capacity_factor=1.0, min_capacity=1, balance_loss=0.05, bal
 RANDOM = MoESettings(capacity_factor=1.0, min_capacity=1, drop_policy="random", logit_noise=0.1, balance_loss=0.05)
 
 
-def make(folder: Path, parallel: ParallelConfig | None = None, **settings: Any) -> RunConfig:
+def make(folder: Path, parallel: ParallelConfig = E_D, **settings: Any) -> RunConfig:
     settings = {"upcycle": SPARSE} | settings
     return replace(make_run(folder, **settings), parallel=parallel)
 
@@ -325,3 +326,23 @@ def test_degrees_are_refused_before_upcycling_measures(tmp_path: Path, monkeypat
     with pytest.raises(UsageError, match=r"parallel\.ep = 3 with 4 ranks and 4 experts a layer: choose 2 or 4"):
         start(config, cache_dir=tmp_path, prepare=prepare)
     assert not measured
+
+
+def takes_the_first_choice(rank: int, *, config: RunConfig, small: RunConfig) -> None:
+    train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else 2**27)
+        with pytest.raises(MoewrightError, match=r"a process takes 400 MB before the model does|rank 0 has failed"):
+            train(small)
+
+
+def test_without_a_table_the_planner_chooses(tmp_path: Path) -> None:
+    expected = make(tmp_path, out="expected", steps=2)
+    train(expected)
+    config, small = (replace(expected, out=str(tmp_path / out), parallel=None) for out in ("chosen", "small"))
+    (tmp_path / "ranks").mkdir()
+    on_ranks(partial(takes_the_first_choice, config=config, small=small), tmp_path / "ranks")
+    assert_same_losses(config, expected)
+    chosen = (Path(config.out) / "config.toml").read_text()
+    assert re.search(r"\[parallel\]\n(.*\n)*ep = \d", chosen), chosen
+    assert not (tmp_path / "small").exists()

@@ -103,9 +103,10 @@ def test_the_loop_of_ones_own_is_that_of_one_process_on_several() -> None:
     script, env = str(ROOT / "examples" / "own_loop.py"), environment()
     alone = [sys.executable, script, "--steps", "10"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script]
+    others = ([*torchrun, "--layout", layout, "--steps", "10"] for layout in ("E+Z", "E+D+M"))
     printed = [
         subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
-        for command in (alone, [*torchrun, "--layout", "E+Z", "--steps", "10"])
+        for command in (alone, *others)
     ]
     assert printed[0].startswith("step 10  loss 2.5941")
-    assert printed[0] == printed[1]
+    assert printed[0] == printed[1] == printed[2]

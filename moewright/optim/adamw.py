@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from moewright.moe.router import Router
-from moewright.optim.blockwise import BLOCK, Blockwise
+from moewright.optim.blockwise import BLOCK, PIECE, Blockwise
 from moewright.optim.gradients import KeptGradients
 from moewright.optim.rounding import generator_of, rounded
 from moewright.parallel.experts import local_part
@@ -19,8 +19,6 @@ from moewright.parallel.parts import boxes_of, with_part
 
 MOMENTS: Final = ("step", "exp_avg", "exp_avg_sq")
 MASTER: Final = "master"
-PIECE: Final = 4096 * BLOCK
-"""Values that are computed with at once where they are stored in another form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +41,30 @@ class Precision:
         stored = self.stored_dtype(dtype)
         wide = {"float32": torch.promote_types(stored, torch.float32).itemsize, "bfloat16": 2, "int8": 1 + 4 / BLOCK}
         return 2 * wide[self.moments] + (stored.itemsize if elsewhere or stored != dtype else 0)
+
+    def has_master(self, dtype: torch.dtype, *, device: torch.device, places: Places) -> bool:
+        """Whether a copy is moved in the place of a parameter on this device: of another dtype, or elsewhere."""
+        return _elsewhere(places, device) or self.stored_dtype(dtype) != dtype
+
+    def gradient_memory(self, dtype: torch.dtype, *, device: torch.device, places: Places) -> Memory | None:
+        """Where the gradient of such a parameter is kept for the update; None: it stays where autograd leaves it."""
+        if places.gradients is None and self.has_master(dtype, device=device, places=places):
+            return places.states or DeviceMemory(device)
+        return places.gradients
+
+    def bytes_outside(self, values: int, dtype: torch.dtype, *, device: torch.device, places: Places) -> int:
+        """Bytes of a parameter's moments, master and gradient in the memory of `places`, which has one for states."""
+        assert places.states is not None
+        total = values * self.state_bytes(dtype, elsewhere=_elsewhere(places, device))
+        if self.moments == "int8":
+            total += 2 * 4 * (-values % BLOCK) / BLOCK  # scales of blocks that are not full
+        if self.gradient_memory(dtype, device=device, places=places) is not None:
+            total += values * self.stored_dtype(dtype).itemsize
+        return round(total)
+
+
+def _elsewhere(places: Places, device: torch.device) -> bool:
+    return places.states is not None and places.states.device.type != device.type
 
 
 Group = dict[str, Any]
@@ -69,9 +91,7 @@ class AdamW(torch.optim.AdamW):
         self._places = {p: places_of(p) for group in self.param_groups for p in group["params"]}
         self._numbers = {p: number for number, p in enumerate(self._places)}
         for parameter, places in self._places.items():
-            memory = places.gradients
-            if memory is None and self._has_master(parameter):
-                memory = places.states or DeviceMemory(parameter.device)
+            memory = self.precision.gradient_memory(parameter.dtype, device=parameter.device, places=places)
             if memory is not None:
                 self.gradients.keep(parameter, memory, self._stored_dtype(parameter))
 
@@ -79,9 +99,8 @@ class AdamW(torch.optim.AdamW):
         return self.precision.stored_dtype(parameter.dtype)
 
     def _has_master(self, parameter: nn.Parameter) -> bool:
-        states = self._places[parameter].states
-        elsewhere = states is not None and states.device.type != parameter.device.type
-        return elsewhere or self._stored_dtype(parameter) != parameter.dtype
+        places = self._places[parameter]
+        return self.precision.has_master(parameter.dtype, device=parameter.device, places=places)
 
     def master_of(self, parameter: nn.Parameter) -> Tensor | None:
         """What is moved in a parameter's place, divided as it is; made if need be. None: the parameter itself."""
@@ -167,15 +186,16 @@ class AdamW(torch.optim.AdamW):
         rounds = torch.promote_types(stored.dtype, torch.float32) != stored.dtype
         starts = [held.start for box in boxes_of(parameter)[:1] for held in box.whole]
         place = (int(state["step"]), self._numbers[parameter], starts)
-        generator = generator_of(self.precision.seed, *place, device=stored.device) if rounds else None
+        by_chance = rounds or self.precision.moments == "int8"
+        generator = generator_of(self.precision.seed, *place, device=stored.device) if by_chance else None
         for first in range(0, len(stored), PIECE):
             piece = slice(first, first + PIECE)
             values = stored[piece].float() if rounds else stored[piece]
             now = [moment.read(piece).to(values.dtype) for moment in moments]
             _apply([values], [gradient[piece].to(values)], now[:1], now[1:], [state["step"].clone()], group)
             for moment, value in zip(moments, now, strict=True):
-                moment.write(piece, value)
-            if generator is not None:
+                moment.write(piece, value, generator)
+            if rounds and generator is not None:
                 stored[piece] = rounded(values, generator)
         state["step"] += 1
 
@@ -193,9 +213,9 @@ class _Pieces:
     def read(self, piece: slice) -> Tensor:
         return self.moment.read(piece) if isinstance(self.moment, Blockwise) else self.moment[piece]
 
-    def write(self, piece: slice, values: Tensor) -> None:
+    def write(self, piece: slice, values: Tensor, generator: torch.Generator | None) -> None:
         if isinstance(self.moment, Blockwise):
-            self.moment.write(piece, values)
+            self.moment.write(piece, values, generator)
         elif self.moment[piece].data_ptr() != values.data_ptr():
             self.moment[piece] = values
 
@@ -282,34 +302,32 @@ def follow_masters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             local_part(parameter).copy_(local_part(tensors[name]))
 
 
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors as `{"exp_avg.<parameter name>": tensor, ...}`; moments of 8 bits as float32."""
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor | Blockwise]:
+    """The optimiser's tensors as `{"exp_avg.<parameter name>": tensor, ...}`, as they are stored, without copies."""
     return {
-        f"{moment}.{name}": _as_tensor(optimizer.state[parameter][moment], parameter)
+        f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
         for moment in MOMENTS
         if moment in optimizer.state.get(parameter, {})
     }
 
 
-def _as_tensor(moment: Tensor | Blockwise, parameter: nn.Parameter) -> Tensor:
-    return with_part(parameter.detach(), moment.whole()) if isinstance(moment, Blockwise) else moment
-
-
 @torch.no_grad()
-def set_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Move the tensors of `moments` out of `tensors`; a parameter has all of its tensors, or none.
+def set_moments(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[str, Tensor | Blockwise]]
+) -> None:
+    """Take over the items of `moments`, one after the other; a parameter has all of its tensors, or none.
 
     They are stored as the optimiser stores them, whatever they were in the state that they come from.
     """
     assert isinstance(optimizer, AdamW)
-    for name, parameter in model.named_parameters():
-        if f"step.{name}" not in tensors:
-            continue
-        state = optimizer._begin(parameter)
-        for moment in MOMENTS:
-            value, kept = local_part(tensors.pop(f"{moment}.{name}")), state[moment]
-            if isinstance(kept, Blockwise):
-                kept.write(slice(0, len(kept.codes_N)), value.to(kept.scales_B).reshape(-1))
-            else:
-                local_part(kept).copy_(value)
+    parameters = dict(model.named_parameters())
+    for key, value in tensors:
+        moment, _, name = key.partition(".")
+        kept = optimizer._begin(parameters[name])[moment]
+        part = value.whole() if isinstance(value, Blockwise) else local_part(value)
+        if isinstance(kept, Blockwise):
+            kept.write(slice(0, len(kept.codes_N)), part.to(kept.scales_B).reshape(-1))
+        else:
+            local_part(kept).copy_(part)
+        del value, part  # before the next one is read

@@ -25,11 +25,12 @@ class KeptGradients:
 
     As soon as autograd, or FSDP2 after its reduction, has a parameter's gradient, it is added to the one that is kept,
     and `grad` is None again. To another device it is copied by a stream of its own, while the backward pass goes on,
-    once it is complete: in the `last` micro-batch, until which it is added up where it is.
+    once it is complete: in the `last` micro-batch, until which autograd adds it up where it is, in its own dtype. One
+    that the last micro-batch does not have leaves when the optimiser asks for it.
     """
 
     last: bool = True
-    """Whether the next backward pass is that of the step's last micro-batch."""
+    """Whether the next backward pass is that of the step's last micro-batch; if each is said to be, each is sent."""
     _kept: dict[nn.Parameter, _Kept] = field(default_factory=dict)
     _stream: torch.cuda.Stream | None = None
 
@@ -38,20 +39,22 @@ class KeptGradients:
         self._kept[parameter] = _Kept(memory, dtype)
         parameter.register_post_accumulate_grad_hook(self._take)
 
-    @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         assert parameter.grad is not None
-        kept, gradient = self._kept[parameter], local_part(parameter.grad)
-        elsewhere = gradient.device != kept.memory.device
-        if elsewhere and not self.last:
-            return
+        if self.last or local_part(parameter.grad).device == self._kept[parameter].memory.device:
+            self._keep(parameter, local_part(parameter.grad))
+
+    @torch.no_grad()
+    def _keep(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        kept = self._kept[parameter]
         if kept.tensor is None:
             kept.tensor = kept.memory.empty(gradient.shape, kept.dtype)
-        if elsewhere:
+        if kept.filled:
+            self._wait()
+            kept.tensor.add_(gradient.to(kept.tensor.device))
+        elif gradient.device != kept.memory.device:
             self._send(gradient, kept.tensor)
-        elif kept.filled:
-            kept.tensor.add_(gradient)
         else:
             kept.tensor.copy_(gradient)
         kept.filled = True
@@ -66,7 +69,13 @@ class KeptGradients:
         gradient.record_stream(self._stream)  # its memory is free again when the copy is made
 
     def arrive(self) -> None:
-        """Wait for what is on its way to another device."""
+        """After the step's backward passes: send what is left, and wait for what is on its way to another device."""
+        for parameter in self._kept:
+            if parameter.grad is not None:
+                self._keep(parameter, local_part(parameter.grad))
+        self._wait()
+
+    def _wait(self) -> None:
         if self._stream is not None:
             self._stream.synchronize()
 

@@ -6,16 +6,16 @@ from typing import Final
 from torch import nn
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import moe_layers
+from moewright.backbone.blocks import moe_configs, moe_layers
 from moewright.errors import UsageError
 from moewright.family.table import family_of
-from moewright.parallel.config import Degrees
+from moewright.parallel.config import Degrees, ParallelConfig, resolve
 from moewright.parallel.experts import divide_experts
 from moewright.parallel.mesh import Meshes
 from moewright.parallel.offload import Offload
 from moewright.parallel.ranks import Ranks
 from moewright.parallel.shard import reduce_gradients_at_the_end, reshard, shard
-from moewright.parallel.tensor import slice_dense
+from moewright.parallel.tensor import slice_dense, sliced_sizes
 
 NOTHING: Final = Offload()
 """Everything on the device."""
@@ -54,13 +54,36 @@ def apply(model: PreTrainedModel, meshes: Meshes, *, offload: Offload = NOTHING)
     shard(model, blocks, layers.values(), meshes, offload=offload)
 
 
+def degrees_for(model: PreTrainedModel, config: ParallelConfig | None, *, ranks: int) -> Degrees:
+    """The degrees that the settings, or E+D without them, give this model on so many ranks.
+
+    Raises UsageError, with the choices that there are, for degrees that do not divide the ranks, the experts, their
+    width, or what tensor slicing divides.
+    """
+    layers = moe_configs(model)
+    return resolve(
+        config,
+        ranks=ranks,
+        experts=[layer.num_experts for layer in layers.values()],
+        widths=[layer.expert_size for layer in layers.values()],
+        sliced=sliced_sizes(model.config, layers),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How a run is parallel: its ranks and their degrees; by default one process."""
+    """How a run is parallel: its ranks and their degrees; by default one process. UsageError if they do not agree."""
 
     ranks: Ranks = field(default_factory=Ranks)
     degrees: Degrees = field(default_factory=Degrees)
     offload: Offload = NOTHING
+
+    def __post_init__(self) -> None:
+        if (self.ranks.size, self.ranks.tp) != (self.degrees.ranks, self.degrees.tp):
+            raise UsageError(
+                f"{self.ranks.size} ranks with tp={self.ranks.tp}, and degrees of {self.degrees.ranks} with "
+                f"tp={self.degrees.tp}: give dataclasses.replace(ranks, tp=degrees.tp)"
+            )
 
     def begin_backward(self, model: nn.Module, *, last: bool) -> None:
         """Before a micro-batch's backward pass: gradients are reduced in the `last`, or from stage 2 on in each."""

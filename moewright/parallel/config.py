@@ -23,7 +23,7 @@ def require_choice(name: str, value: object, kind: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The `[parallel]` table: how a run is divided among its ranks, E+D without it, and what it keeps where."""
+    """The `[parallel]` table: how a run is divided among its ranks, and what it keeps where."""
 
     layout: str | None = None
     """E (experts over all ranks), E+D (over some, and copies of these), E+Z and E+D+Z (the same, with ZeRO), E+D+M (E+D

@@ -32,15 +32,16 @@ def clip_gradients(
     gradients = list(gradients)
     if ranks.size == 1:
         mine = [local_part(gradient) for gradient in gradients]
-        whole = nn.utils.get_total_norm(mine)
+        # A norm of one number is that number.
+        whole = nn.utils.get_total_norm([g if _dtype(g) == g.dtype else _norm(g) for g in mine])
         factor = max_norm / (whole + 1e-6)  # as in torch's own function, to the last bit
         if max_norm and factor < 1:
             for gradient in mine:
-                gradient.mul_(factor.to(gradient.device))
+                _scale(gradient, factor.to(gradient.device))
         return float(loss), float(whole)
     squares = loss.new_zeros((), dtype=torch.float64)
     for gradient in gradients:
-        square = torch.linalg.vector_norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
+        square = _norm(local_part(gradient)).double().square() / copy_of(gradient, ranks)[1]
         squares += square.to(squares.device)
     total, square = ranks.totals(torch.stack([loss.double() / ranks.tp, squares])).tolist()
     norm = math.sqrt(square)
@@ -48,3 +49,20 @@ def clip_gradients(
         for gradient in gradients:
             local_part(gradient).mul_(max_norm / (norm + 1e-6))
     return total, norm
+
+
+def _dtype(gradient: Tensor) -> torch.dtype:
+    """What is computed in: at least float32, since in bfloat16 norm and factor are off by up to 0.4%."""
+    return torch.promote_types(gradient.dtype, torch.float32)
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(gradient, dtype=_dtype(gradient))
+    return norm
+
+
+def _scale(gradient: Tensor, factor: Tensor) -> None:
+    if _dtype(gradient) == gradient.dtype:
+        gradient.mul_(factor)
+    else:  # with one dim the factor keeps its dtype
+        torch.mul(gradient, factor.reshape(1), out=gradient)

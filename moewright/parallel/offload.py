@@ -3,7 +3,7 @@
 | `offload` | on the device | in the host's memory, or in files |
 |---|---|---|
 | none | all | |
-| optimizer | parameters, gradients | moments, masters; on a GPU the gradients for the update |
+| optimizer | parameters, gradients | moments, masters, gradients for these; from a GPU a master of every parameter |
 | experts | all else | the experts' parameters, gradients, moments, masters |
 | all | what a block computes with, while it does | parameters, gradients, moments, masters |
 
@@ -54,14 +54,6 @@ class Offload:
             return set()
         experts = {id(p) for layer in moe_layers(model).values() for p in layer.experts.parameters()}
         return {name for name, parameter in model.named_parameters() if id(parameter) in experts}
-
-    def values(self, model: PreTrainedModel) -> dict[torch.dtype, int]:
-        """How many values of these parameters this rank holds, by dtype; the model may be on meta."""
-        names, counts = self.covers(model), dict[torch.dtype, int]()
-        for name, parameter in model.named_parameters():
-            if name in names:
-                counts[parameter.dtype] = counts.get(parameter.dtype, 0) + local_part(parameter).numel()
-        return counts
 
     def with_part(self, model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
         """For `fill` of a model on meta: like `parts.with_part`, with parameters that lie outside put there."""

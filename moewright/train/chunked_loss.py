@@ -81,7 +81,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if g is None else g.mul_(d_loss.to(g.dtype)) for g in ctx.gradients]
+        # With one dim the factor takes part in type promotion: rounded to bfloat16, 1 / targets would be off by 0.2%.
+        gradients = [None if g is None else torch.mul(g, d_loss.reshape(1), out=g) for g in ctx.gradients]
         ctx.gradients = []  # changed in place, and not kept
         typed = (None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return *typed, None, None, None, None, None

@@ -186,7 +186,7 @@ class RunConfig:
     """The training."""
 
     parallel: ParallelConfig | None = None
-    """How the model is divided where the run has several ranks, by default E+D, and what is kept where."""
+    """How the model is divided among ranks, and what is kept where; without it, several ranks ask the planner."""
 
     def __post_init__(self) -> None:
         S, tokens = self.data.sequence_length, self.train.batch_tokens

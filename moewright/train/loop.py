@@ -30,6 +30,7 @@ from moewright.parallel.ranks import Ranks, joined
 from moewright.report.progress import Progress
 from moewright.train import generators, resume
 from moewright.train.config import RunConfig, TrainConfig
+from moewright.train.first_choice import with_first_choice
 from moewright.train.folder import (
     CHECKPOINTS,
     EVALUATIONS,
@@ -88,6 +89,7 @@ def train(config: RunConfig, *, console: Console | None = None) -> TrainResult:
                 require_tensorboard()
             if ranks.is_first:
                 stack.enter_context(cache_in(folder))
+        config = with_first_choice(config, ranks=ranks, note=progress.note)
         generators.seed(config.train.seed)
         with ranks.agreeing():
             started = start(

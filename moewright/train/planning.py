@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moewright.backbone.blocks import configure, moe_configs
+from moewright.backbone.blocks import configure
 from moewright.backbone.formats.choose import is_sparse
 from moewright.backbone.graft import graft
 from moewright.backbone.load import described
@@ -17,13 +17,12 @@ from moewright.data.pack import Batch
 from moewright.errors import ModelError, UsageError, settings_written
 from moewright.family.table import family_of
 from moewright.optim.adamw import make_optimizer
-from moewright.parallel.config import Degrees, ParallelConfig, resolve
-from moewright.parallel.tensor import sliced_sizes
+from moewright.parallel.config import ParallelConfig
 from moewright.plan.devices import Devices, Workload
 from moewright.plan.report import plan
 from moewright.train.config import RunConfig
 from moewright.train.objective import CausalLanguageModel
-from moewright.train.start import precision_of
+from moewright.train.start import degrees_of, precision_of
 from moewright.upcycle.config import UpcycleConfig
 from moewright.upcycle.plan import sparse_layers
 
@@ -45,19 +44,6 @@ def skeleton_of(config: RunConfig) -> PreTrainedModel:
             graft(model, sparse_layers(resolved, family_of(model.config), model.config))
     configure(model, **{field.name: getattr(config.moe, field.name) for field in fields(config.moe)})
     return model
-
-
-def degrees_of(config: RunConfig, model: PreTrainedModel, *, ranks: int) -> Degrees:
-    """The degrees that the run file asks for on so many ranks; UsageError where these do not fit."""
-    layers = moe_configs(model)
-    with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
-        return resolve(
-            config.parallel,
-            ranks=ranks,
-            experts=[layer.num_experts for layer in layers.values()],
-            widths=[layer.expert_size for layer in layers.values()],
-            sliced=sliced_sizes(model.config, layers),
-        )
 
 
 def plan_run(

@@ -35,7 +35,8 @@ FREE: Final = frozenset(
         "data.eval_rows",
         "parallel",
         *(f"parallel.{field.name}" for field in fields(ParallelConfig)),
-        # These do, in its precision: a run may go on in another one. What recomputation and chunks leave is the same.
+        "train.gradient_checkpointing",  # an older name of parallel.recompute
+        # It does on these, but by rounding alone: a run may go on in another precision, or with other chunks.
         *("train.param_dtype", "train.masters", "train.moments", "train.loss_chunk_tokens"),
     }
 )
@@ -152,14 +153,17 @@ def _fill(targets: dict[str, Tensor], state: SavedState) -> None:
             local_part(target)[box.local].copy_(state.read(saved[name], box.whole))
 
 
-def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
-    """The optimiser's tensors of a state, each divided as its parameter is; those of another shape stay whole."""
-    parameters, tensors = dict(model.named_parameters()), {}
+def _moments(model: nn.Module, state: SavedState) -> Iterator[tuple[str, Tensor]]:
+    """The optimiser's tensors of a state, each divided as its parameter is; those of another shape stay whole.
+
+    Each is read when its turn comes: all of them may be larger than the memory.
+    """
+    parameters = dict(model.named_parameters())
     for saved in (name for name in state.tensors if name.startswith("optimizer.")):
         key = saved.removeprefix("optimizer.")
         parameter = parameters[key.partition(".")[2]]
         if state.tensors[saved].shape != parameter.shape:
-            tensors[key] = state.read(saved)
+            yield key, state.read(saved)
             continue
         boxes = boxes_of(parameter)
         if len(boxes) == 1:
@@ -168,8 +172,10 @@ def _moments(model: nn.Module, state: SavedState) -> dict[str, Tensor]:
             part = torch.empty(local_part(parameter).shape, dtype=state.tensors[saved].dtype)
             for box in boxes:
                 part[box.local] = state.read(saved, box.whole)
-        tensors[key] = with_part(parameter, part)  # the optimiser puts it where it belongs
-    return tensors
+        tensor = with_part(parameter, part)  # the optimiser puts it where it belongs
+        del part
+        yield key, tensor
+        del tensor
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ step boundary whether it is done.
 import json
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -24,10 +25,11 @@ from moewright.checkpoint.state import NewState, fault_of, newest_state, states_
 from moewright.checkpoint.tensorfile import LazyTensor
 from moewright.errors import CheckpointError, MoewrightError
 from moewright.optim.adamw import masters, moments
+from moewright.optim.blockwise import Blockwise
 from moewright.parallel.apply import Parallel
 from moewright.parallel.experts import local_part
 from moewright.parallel.mesh import table
-from moewright.parallel.parts import boxes_of, written_here
+from moewright.parallel.parts import boxes_of, with_part, written_here
 from moewright.parallel.ranks import Ranks, error_of
 from moewright.train import generators
 from moewright.train.resume import Position, model_tensors, restore
@@ -169,7 +171,7 @@ class Saver:
 
     def _begin(self, position: Position, *, copied: bool) -> None:
         ranks, new, folder = self.ranks, None, ""
-        tensors = self._tensors()
+        tensors, packed = self._tensors()
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         states = generators.states(ranks.device)
         shapes |= {f"random.{name}": (ranks.size, *state.shape) for name, state in states.items()}
@@ -186,11 +188,14 @@ class Saver:
                 new = self._open.enter_context(NewState(self.root, step=position.step, nbytes=nbytes))
                 folder = new.path.name
             cancelled = threading.Event()
-            parts = _parts(tensors, ranks) + [
+            parts = _parts(tensors, packed, ranks) + [
                 (f"random.{name}", (ranks.rank, *[0] * state.dim()), state[None]) for name, state in states.items()
             ]
             if copied:
-                parts = [(name, start, _copy(part)) for name, start, part in parts]
+                parts = [
+                    (name, start, part.copied() if isinstance(part, _Packed) else _copy(part))
+                    for name, start, part in parts
+                ]
                 if ranks.device.type == "cuda":
                     torch.cuda.synchronize(ranks.device)  # the copies on their way
             pieces = [_piece(*part, cancelled) for part in parts]
@@ -208,10 +213,20 @@ class Saver:
         if copied:
             self._pending.start()
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Blockwise]]:
+        """What is saved; and those values that are made float32 when they are written: their tensors are on meta."""
         weights = model_tensors(self.model) | masters(self.model, self.optimizer)
         tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
-        return tensors | {f"optimizer.{name}": tensor for name, tensor in moments(self.model, self.optimizer).items()}
+        parameters, packed = dict(self.model.named_parameters()), dict[str, Blockwise]()
+        for key, moment in moments(self.model, self.optimizer).items():
+            name = f"optimizer.{key}"
+            if isinstance(moment, Blockwise):
+                packed[name] = moment
+                meta = torch.empty(moment.shape, dtype=torch.float32, device="meta")
+                tensors[name] = with_part(parameters[key.partition(".")[2]].detach(), meta)
+            else:
+                tensors[name] = moment
+        return tensors, packed
 
     def require_finite(self, step: int) -> None:
         """A step with a finite gradient can still overflow a parameter; such a model is not saved."""
@@ -322,24 +337,50 @@ def diverged(step: int, problem: str) -> CheckpointError:
     )
 
 
-def _parts(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[tuple[str, tuple[int, ...], Tensor]]:
+@dataclass(frozen=True)
+class _Packed:
+    """A box of 8-bit moments, as float32."""
+
+    moment: Blockwise
+    local: tuple[slice, ...]
+    shape: tuple[int, ...]
+    dtype = torch.float32
+
+    def made(self) -> Tensor | Iterator[Tensor]:
+        """Its values; a box that is all of the part here comes in pieces."""
+        return self.moment.pieces() if self.shape == self.moment.shape else self.moment.whole()[self.local]
+
+    def copied(self) -> "_Packed":
+        """Of a copy of the moment in host memory, still packed."""
+        moment = replace(self.moment, codes_N=_copy(self.moment.codes_N), scales_B=_copy(self.moment.scales_B))
+        return replace(self, moment=moment)
+
+
+def _parts(
+    tensors: Mapping[str, Tensor], packed: Mapping[str, Blockwise], ranks: Ranks
+) -> list[tuple[str, tuple[int, ...], Tensor | _Packed]]:
     """Name, place and values of what this rank writes, without copies."""
     return [
-        (name, tuple(held.start for held in box.whole), part)
+        (
+            name,
+            tuple(held.start for held in box.whole),
+            _Packed(packed[name], box.local, tuple(part.shape)) if name in packed else part,
+        )
         for name in written_here(tensors, ranks)
         for box in boxes_of(tensors[name])
         if (part := local_part(tensors[name]).detach()[box.local]).numel() or not tensors[name].numel()
     ]
 
 
-def _piece(name: str, start: tuple[int, ...], values: Tensor, cancelled: threading.Event) -> Piece:
+def _piece(name: str, start: tuple[int, ...], values: Tensor | _Packed, cancelled: threading.Event) -> Piece:
     """A piece whose values are dropped when they have been written."""
     held = [values]
 
-    def make() -> Tensor:
+    def make() -> Tensor | Iterable[Tensor]:
         if cancelled.is_set():
             raise _Cancelled
-        return held.pop()
+        made = held.pop()
+        return made.made() if isinstance(made, _Packed) else made
 
     return Piece(name, start, LazyTensor(tuple(values.shape), values.dtype, make))
 

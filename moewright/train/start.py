@@ -31,8 +31,9 @@ from moewright.errors import UsageError, settings_written
 from moewright.moe.config import MoESettings
 from moewright.moe.kernels import kernel_named
 from moewright.optim.adamw import AdamW, Precision, make_optimizer
-from moewright.parallel.apply import ALONE, Parallel, apply
-from moewright.parallel.config import ParallelConfig, resolve
+from moewright.parallel.apply import ALONE, Parallel, apply, degrees_for
+from moewright.parallel.config import Degrees, ParallelConfig
+from moewright.parallel.experts import local_part
 from moewright.parallel.memory import MappedFiles
 from moewright.parallel.mesh import make_meshes, table
 from moewright.parallel.offload import Offload, offload_of, ranks_here
@@ -140,17 +141,9 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
     Raises UsageError for degrees that do not fit the ranks or the experts, and ResourceError for a disk without room
     for what is offloaded to it.
     """
-    layers = list(moe_configs(model).values())
-    experts, sliced = [layer.num_experts for layer in layers], sliced_sizes(model.config, moe_configs(model))
-    with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
-        degrees = resolve(
-            config.parallel,
-            ranks=ranks.size,
-            experts=experts,
-            widths=[layer.expert_size for layer in layers],
-            sliced=sliced,
-        )
-        settings = config.parallel or ParallelConfig()
+    degrees = degrees_of(config, model, ranks=ranks.size)
+    settings = config.parallel or ParallelConfig()
+    with _as_keys(settings, table="parallel"):
         offload = offload_of(settings, ranks.device)
     if settings.offloaded != "none" and offload.memory is None:
         warnings.warn(
@@ -160,16 +153,25 @@ def divide(model: PreTrainedModel, config: RunConfig, *, ranks: Ranks, note: Cal
         )
     if ranks.size > 1:
         ranks.meet()  # no rank makes a mesh while another one has failed before
-        note(table(degrees, experts=max(experts, default=0)))
+        layers = moe_configs(model)
+        note(table(degrees, experts=max((layer.num_experts for layer in layers.values()), default=0)))
         if config.parallel is not None and config.parallel.slices and config.parallel.tp is None and degrees.tp == 1:
-            what = ", ".join(f"{size} {name}" for name, size in sliced.items())
+            what = ", ".join(f"{size} {name}" for name, size in sliced_sizes(model.config, layers).items())
             note(f"without tensor slicing: nothing but 1 divides {ranks.size} ranks, {what}")
     if needs_group(config, ranks.device) or ranks.size > 1:
         apply(model, make_meshes(degrees, device_type=ranks.device.type), offload=offload)
     if isinstance(offload.memory, MappedFiles):
         with settings_written(["offload_folder"], write=lambda name: f"parallel.{name} = "):
-            offload.memory.require_space(ranks_here(ranks.size) * _bytes_outside(model, offload, config.train))
+            offload.memory.require_space(
+                ranks_here(ranks.size) * _bytes_outside(model, offload, config.train, ranks.device)
+            )
     return Parallel(ranks=replace(ranks, tp=degrees.tp), degrees=degrees, offload=offload)
+
+
+def degrees_of(config: RunConfig, model: PreTrainedModel, *, ranks: int) -> Degrees:
+    """The degrees that the run file asks for on so many ranks; UsageError where these do not fit."""
+    with settings_written([field.name for field in fields(ParallelConfig)], write=lambda name: f"parallel.{name} = "):
+        return degrees_for(model, config.parallel, ranks=ranks)
 
 
 def needs_group(config: RunConfig, device: torch.device) -> bool:
@@ -194,15 +196,16 @@ def optimizer_of(started: Start, settings: TrainConfig) -> AdamW:
     )
 
 
-def _bytes_outside(model: PreTrainedModel, offload: Offload, settings: TrainConfig) -> int:
-    """What this rank puts outside of the device, at most."""
-    precision, total = precision_of(settings), 0.0
-    for dtype, values in offload.values(model).items():
-        each = precision.state_bytes(dtype, elsewhere=False)
-        if offload.weights:
-            each += dtype.itemsize + precision.stored_dtype(dtype).itemsize
-        total += each * values
-    return math.ceil(total)
+def _bytes_outside(model: PreTrainedModel, offload: Offload, settings: TrainConfig, device: torch.device) -> int:
+    """What this rank puts outside of the device, by the optimiser's own rule; the model may be on meta."""
+    precision, places_of, total = precision_of(settings), offload.places_of(model), 0
+    for parameter in model.parameters():
+        places, values = places_of(parameter), local_part(parameter).numel()
+        if places.states is not None:
+            held_on = places.states.device if offload.weights else device
+            total += precision.bytes_outside(values, parameter.dtype, device=held_on, places=places)
+            total += values * parameter.dtype.itemsize if offload.weights else 0
+    return total
 
 
 def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, Format, Callable[[], Values]]:
@@ -236,7 +239,7 @@ def _skeleton(config: RunConfig, source: ModelFolder) -> tuple[PreTrainedModel, 
     return model, written_as, values
 
 
-def _as_keys(settings: MoESettings | UpcycleConfig, *, table: str) -> AbstractContextManager[None]:
+def _as_keys(settings: MoESettings | UpcycleConfig | ParallelConfig, *, table: str) -> AbstractContextManager[None]:
     """Have errors and warnings name these settings as keys of the run file."""
     return settings_written([field.name for field in fields(settings)], write=lambda name: f"{table}.{name} = ")
 
