@@ -1,1 +1,1 @@
-"""What fits where, and how fast: units, devices, workload, simulate, shape, memory, flops, layouts, report."""
+"""What fits where, and how fast: units, devices, sizes, thin, simulate, ledger, memory, flops, layouts, report."""
