@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,7 +274,7 @@ def test_layers_of_unequal_numbers_of_experts_share_one_reduction(monkeypatch):
     reduced: list[Tensor] = []
     monkeypatch.setattr("moewright.moe.step.all_reduce", lambda tensor, group: reduced.append(tensor.mul_(2)))
     layers = [layer_of({**OPTIONS["adapted balance"], "balance_scope": "global", "num_experts": n}) for n in (4, 6)]
-    step = RoutingStep({"decoder": (layers[0].context, layers)}, group=object())
+    step = RoutingStep({"decoder": (layers[0].context, layers)}, group=SimpleNamespace(size=lambda: 2))
     step.begin_micro_batch({"decoder": 1.0})
     for layer in layers:
         checkpoint(layer, tokens(20, 1), use_reentrant=False).sum().backward()
@@ -293,7 +294,7 @@ def test_layers_of_unequal_numbers_of_experts_share_one_reduction(monkeypatch):
 
 
 def test_a_model_without_moe_layers_has_nothing_to_do():
-    step = RoutingStep({}, group=object())
+    step = RoutingStep({}, group=SimpleNamespace(size=lambda: 2))
     step.after_backward()  # in any order: nothing could be lost
     for shares in ({"decoder": 1.0}, {}):
         step.begin_micro_batch(shares)

@@ -25,6 +25,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 SMALL = {
     "train": "--data.sequence_length 64 --train.steps 2 --train.batch_size 2 --train.micro_batch_size 1"
     " --train.warmup_steps 1 --train.eval_every 1 --train.checkpoint_every 1",
+    "plan": "--data.sequence_length 64",
     "distil": "--sequence-length 64 --batch-size 1 --held-out-tokens 256",
 }
 
