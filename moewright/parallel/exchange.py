@@ -194,7 +194,9 @@ def _gathered(share: Tensor, size: int, dim: int, group: ProcessGroup) -> Tensor
     padded = torch.cat([share, share.new_zeros(missing)], dim).contiguous()
     shares = [torch.empty_like(padded) for _ in range(group.size())]
     dist.all_gather(shares, padded, group=group)
-    return torch.cat(shares, dim).narrow(dim, 0, size).contiguous()  # all padding stands at the end
+    joined = torch.cat(shares, dim)
+    # All padding stands at the end. A copy, for FSDP2 wants no view as the output of a module.
+    return joined if joined.shape[dim] == size else joined.narrow(dim, 0, size).clone()
 
 
 class SharedTokens:

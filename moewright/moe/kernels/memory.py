@@ -67,4 +67,5 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     block = _BLOCKS.take(size)
     array = np.frombuffer(block, dtype=np.uint8)
     weakref.finalize(array, _BLOCKS.give_back, block)
-    return torch.from_numpy(array).view(dtype).view(shape)
+    # Detached it is no view in autograd's eyes, which FSDP2 wants of what a module returns.
+    return torch.from_numpy(array).view(dtype).view(shape).detach()
